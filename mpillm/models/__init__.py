@@ -1,0 +1,1 @@
+"""Model families: settings in, a list of layers out."""

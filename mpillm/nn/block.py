@@ -1,0 +1,42 @@
+"""The block of a Transformer: two residual branches, normalized before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpillm.nn.layer import Arrays, Layer, Micro
+
+__all__ = ["PreNormBlock"]
+
+
+class PreNormBlock(Layer):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)). Takes and gives (b, t, d)."""
+
+    def __init__(self, norm1: Layer, attention: Layer, norm2: Layer, mlp: Layer) -> None:
+        self.norm1 = norm1
+        self.attention = attention
+        self.norm2 = norm2
+        self.mlp = mlp
+
+    def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
+        """x (b, t, d) -> y (b, t, d)."""
+        saved = []
+        for norm, branch in ((self.norm1, self.attention), (self.norm2, self.mlp)):
+            hidden, saved_norm = norm.forward(inputs, micro)
+            hidden, saved_branch = branch.forward(hidden, micro)
+            inputs = (inputs[0] + hidden[0],)
+            saved.append((saved_norm, saved_branch))
+        return inputs, saved if micro.training else None
+
+    def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
+        """dy -> dx."""
+        for norm, branch in ((self.norm2, self.mlp), (self.norm1, self.attention)):
+            saved_norm, saved_branch = saved.pop()
+            d_hidden = branch.backward(d_outputs, saved_branch, micro)
+            d_hidden = norm.backward(d_hidden, saved_norm, micro)
+            d_outputs = (d_outputs[0] + d_hidden[0],)
+        return d_outputs
+
+    def new_state(self, b: int, capacity: int) -> dict[str, Any]:
+        """The decoding state of both branches."""
+        return {**self.attention.new_state(b, capacity), **self.mlp.new_state(b, capacity)}

@@ -1,0 +1,123 @@
+"""The end of a language model: final norm, projection to the vocabulary, cross-entropy.
+
+They are one layer, so that the logits of a whole micro-batch need never exist: rows are taken in
+chunks, and the backward pass computes a chunk's logits anew. The vocabulary is cut over the tensor
+group; three small sums over it give each row's loss (Shoeybi et al. 2019, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mpillm.nn.embedding import token_table
+from mpillm.nn.layer import Arrays, Build, Layer, Micro
+from mpillm.nn.param import Init
+from mpillm.parallel.shard import Shard, split_range
+
+if TYPE_CHECKING:
+    from mpillm.array.backend import Array
+
+__all__ = ["LanguageModelHead"]
+
+# Logits that exist at once on a rank, at most (but never less than one row).
+_CHUNK = 1 << 22
+
+
+class LanguageModelHead(Layer):
+    """Takes x (b, t, d). Gives, by `micro.want`, the summed loss of the counted tokens as a
+    0-dimensional float64, or all logits (b, t, v), or those of the last token (b, 1, v).
+
+    norm: the final norm. tied: the projection is the embedding's table, else a weight of its own.
+    """
+
+    def __init__(
+        self, build: Build, norm: Layer, vocabulary: int, width: int, *, std: float, tied: bool
+    ) -> None:
+        tensor = build.mesh.tensor
+        self._backend = build.backend
+        self._tensor = tensor
+        self._norm = norm
+        self._vocabulary = vocabulary
+        if tied:
+            self.weight = token_table(build, vocabulary, width, std, 1)
+        else:
+            self.weight = build.store.add(
+                "head.weight",
+                Shard.split((vocabulary, width), 0, tensor.size, tensor.rank),
+                Init("normal", std),
+                reduce_over=(build.mesh.replicas,),
+                decay=True,
+                owner=True,
+            )
+        self._first = self.weight.shard.start[0]
+
+    def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
+        """x (b, t, d) -> (loss,) or (logits,)."""
+        if micro.want == "last_logits":
+            inputs = (inputs[0][:, -1:],)
+        (y,), saved_norm = self._norm.forward(inputs, micro)
+        if micro.want != "loss":
+            return (self._all_logits(y),), None
+        y_nd = y.reshape(-1, y.shape[-1])
+        labels_n, mask_n = micro.labels.reshape(-1), micro.mask.reshape(-1)
+        total, sums = self._backend.zeros((), "float64"), []
+        for rows in self._chunks(y_nd.shape[0]):
+            _, row_max, exp_sum, target = self._chunk(y_nd[rows], labels_n[rows])
+            loss_n = (self._backend.xp.log(exp_sum) - target) * mask_n[rows]
+            total += loss_n.sum(dtype="float64")
+            sums.append((row_max, exp_sum))
+        return (total,), (saved_norm, y_nd, sums) if micro.training else None
+
+    def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
+        """(the derivative of the step's loss by a token's loss, a float) -> dx (b, t, d)."""
+        (scale,) = d_outputs
+        saved_norm, y_nd, sums = saved
+        labels_n, weight_n = micro.labels.reshape(-1), micro.mask.reshape(-1) * scale
+        dy_nd = self._backend.empty(y_nd.shape, y_nd.dtype)
+        ops, weight = self._backend.ops, self.weight
+        for rows, (row_max, exp_sum) in zip(self._chunks(y_nd.shape[0]), sums, strict=True):
+            logits = ops.matmul(y_nd[rows], weight.value.T)
+            logits -= row_max[:, None]
+            self._backend.xp.exp(logits, out=logits)
+            d_logits = ops.cross_entropy_backward(
+                logits, exp_sum, labels_n[rows], weight_n[rows], self._first
+            )
+            ops.matmul(d_logits, weight.value, out=dy_nd[rows])
+
+            def add_gradients(d_logits: Array = d_logits, rows: slice = rows) -> None:
+                ops.matmul(d_logits.T, y_nd[rows], out=weight.grad, accumulate=True)
+
+            micro.gradients.add((weight,), add_gradients)
+        self._tensor.allreduce(dy_nd)
+        b, t = micro.shape
+        return self._norm.backward((dy_nd.reshape(b, t, -1),), saved_norm, micro)
+
+    def _chunks(self, n: int) -> list[slice]:
+        size = max(1, _CHUNK // max(1, self.weight.shard.local_shape[0]))
+        return [slice(a, min(a + size, n)) for a in range(0, n, size)]
+
+    def _chunk(self, y_nd: Array, labels_n: Array) -> tuple[Array, Array, Array, Array]:
+        """exp(logits - max) of this rank (n, v), and max, sum of exp and target over all, (n,)."""
+        ops = self._backend.ops
+        logits = ops.matmul(y_nd, self.weight.value.T)
+        row_max = self._tensor.allreduce(ops.row_max(logits), "max")
+        sums = ops.cross_entropy_forward(logits, row_max, labels_n, self._first)
+        self._tensor.allreduce(sums)
+        return logits, row_max, sums[0], sums[1]
+
+    def _all_logits(self, y: Array) -> Array:
+        """Logits (b, t, v) of the whole vocabulary, on every rank of the tensor group."""
+        b, t, d = y.shape
+        xp, size = self._backend.xp, self._tensor.size
+        mine_vn = self._backend.ops.matmul(self.weight.value, y.reshape(-1, d).T)
+        if size == 1:
+            return mine_vn.T.reshape(b, t, self._vocabulary)
+        counts = [
+            (stop - start) * b * t
+            for start, stop in (split_range(self._vocabulary, size, r) for r in range(size))
+        ]
+        logits_vn = self._backend.empty((self._vocabulary, b * t), y.dtype)
+        flat = self._tensor.allgather(
+            xp.ascontiguousarray(mine_vn).reshape(-1), logits_vn.reshape(-1), counts
+        )
+        return flat.reshape(self._vocabulary, b * t).T.reshape(b, t, self._vocabulary)

@@ -1,0 +1,1 @@
+"""What crosses ranks: communicators, the mesh, shards and pipeline schedules."""

@@ -1,0 +1,424 @@
+"""Group: one communicator, its collectives and its point-to-point calls.
+
+Every byte that crosses a rank passes through this module. Calls take arrays of the backend and move
+raw buffers, never pickled objects; the three `*_objects` calls are for setting up only. A group of
+size 1 does nothing, so no caller branches on it. Arrays that MPI cannot read (on a GPU) are staged
+through host memory after the device was synchronized.
+
+A sum with `reduction = "ordered"` exchanges slices (alltoall), adds each slice's contributions in
+rank order as a pairwise tree, and gathers the sums (allgather). Its bits do not depend on the MPI
+library nor on an element's place in the array. Sums of 16-bit floats accumulate in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from mpi4py import MPI
+
+from mpillm.array.backend import Array, Backend
+from mpillm.parallel.recorder import Recorder
+from mpillm.parallel.shard import split_range
+
+__all__ = ["Group", "Request", "pairwise_sum"]
+
+Op = Literal["sum", "max", "min"]
+Steps = Generator["MPI.Request | None", None, None]
+
+# Bytes in one MPI message at most: counts are 32-bit integers in many libraries.
+MESSAGE_LIMIT = 1 << 30
+
+# Below this many bytes in all, an ordered sum gathers every contribution everywhere and adds them
+# there: one call in place of two, the same additions, hence the same bits.
+_GATHER_LIMIT = 1 << 15
+
+_MPI_OPS: dict[str, MPI.Op] = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
+
+
+def pairwise_sum(parts: Sequence[Any]) -> Any:
+    """Sum of arrays as a tree: the first half is the largest power of two below their number.
+
+    Aligned blocks of a power of two are subtrees, so that a sum over micro-batches is the same
+    whether the blocks are added here or on the ranks that own them.
+
+    >>> pairwise_sum([1.0, 2.0, 3.0])
+    6.0
+    """
+    count = len(parts)
+    if count == 1:
+        return parts[0]
+    half = 1 << ((count - 1).bit_length() - 1)
+    return pairwise_sum(parts[:half]) + pairwise_sum(parts[half:])
+
+
+class Request:
+    """A call under way. `test` makes progress and tells whether it is complete; `wait` waits."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._pending: MPI.Request | None = None
+        self.done = False
+        self._advance()
+
+    def _advance(self) -> None:
+        for request in self._steps:
+            if request is not None and not request.Test():
+                self._pending = request
+                return
+        self._pending = None
+        self.done = True
+
+    def test(self) -> bool:
+        """Whether the call is complete; also lets MPI progress."""
+        if self._pending is not None and self._pending.Test():
+            self._advance()
+        return self.done
+
+    def wait(self) -> None:
+        """Block until the call is complete."""
+        while self._pending is not None:
+            self._pending.Wait()
+            self._advance()
+
+
+class Group:
+    """The ranks along one axis of the mesh."""
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        axis: str,
+        backend: Backend,
+        recorder: Recorder,
+        reduction: Literal["ordered", "library"] = "ordered",
+        message_limit: int = MESSAGE_LIMIT,
+    ) -> None:
+        self._comm = comm
+        self.axis = axis
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self._backend = backend
+        self._recorder = recorder
+        self._reduction = reduction
+        self._limit = message_limit
+
+    def free(self) -> None:
+        """Give the communicator back to MPI."""
+        if self._comm not in (MPI.COMM_WORLD, MPI.COMM_SELF):
+            self._comm.Free()
+
+    # -- collectives -----------------------------------------------------------------------------
+
+    def allreduce(self, x: Array, op: Op = "sum") -> Array:
+        """Sum (or maximum, minimum) over the ranks, in place of `x`, any shape. Returns `x`."""
+        _run(self._allreduce(x, op, wait=True))
+        return x
+
+    def iallreduce(self, x: Array, op: Op = "sum") -> Request:
+        """`allreduce` under way; `x` must be left alone until it is complete."""
+        return Request(self._allreduce(x, op, wait=False))
+
+    def reduce_scatter(self, x: Array, out: Array) -> Array:
+        """This rank's slice of the sum over the ranks of the flat array `x`, written to `out`.
+
+        Slices follow `split_range(x.size, size, rank)`. `x` is left as it was.
+        """
+        _run(self._reduce_scatter(x, out, wait=True))
+        return out
+
+    def ireduce_scatter(self, x: Array, out: Array) -> Request:
+        """`reduce_scatter` under way."""
+        return Request(self._reduce_scatter(x, out, wait=False))
+
+    def allgather(self, part: Array, out: Array, counts: Sequence[int] | None = None) -> Array:
+        """The ranks' flat parts one after another in the flat array `out`.
+
+        Rank r gives `counts[r]` elements; by default its share by `split_range(out.size, ...)`.
+        """
+        _run(self._allgather(part, out, counts, wait=True))
+        return out
+
+    def iallgather(self, part: Array, out: Array, counts: Sequence[int] | None = None) -> Request:
+        """`allgather` under way."""
+        return Request(self._allgather(part, out, counts, wait=False))
+
+    def alltoall(
+        self, x: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]
+    ) -> Array:
+        """Send `counts[r]` elements of the flat array `x` to rank r, receive `out_counts[r]`."""
+        _run(self._alltoall(x, counts, out, out_counts, wait=True))
+        return out
+
+    def ialltoall(
+        self, x: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]
+    ) -> Request:
+        """`alltoall` under way."""
+        return Request(self._alltoall(x, counts, out, out_counts, wait=False))
+
+    def broadcast(self, x: Array, root: int = 0) -> Array:
+        """The root's `x` on all ranks, in place."""
+        _run(self._broadcast(x, root, wait=True))
+        return x
+
+    def ibroadcast(self, x: Array, root: int = 0) -> Request:
+        """`broadcast` under way."""
+        return Request(self._broadcast(x, root, wait=False))
+
+    def barrier(self) -> None:
+        """Wait until every rank of the group has come here."""
+        if self.size > 1:
+            entry = self._recorder.begin(self.axis, "barrier", 0)
+            self._comm.Barrier()
+            self._recorder.end(entry)
+
+    # -- messages --------------------------------------------------------------------------------
+
+    def send(self, x: Array, peer: int, tag: int = 0) -> None:
+        """Send `x` to rank `peer`."""
+        self.isend(x, peer, tag).wait()
+
+    def recv(self, x: Array, peer: int, tag: int = 0) -> Array:
+        """Receive into `x` from rank `peer`."""
+        self.irecv(x, peer, tag).wait()
+        return x
+
+    def isend(self, x: Array, peer: int, tag: int = 0) -> Request:
+        """`send` under way; `x` must be left alone until it is complete."""
+        return Request(self._message("send", x, peer, tag))
+
+    def irecv(self, x: Array, peer: int, tag: int = 0) -> Request:
+        """`recv` under way."""
+        return Request(self._message("recv", x, peer, tag))
+
+    # -- objects, for setting up -------------------------------------------------------------------
+
+    def gather_objects(self, item: Any) -> list[Any] | None:
+        """Every rank's object on rank 0, None elsewhere. Pickled: not for a hot path."""
+        gathered: list[Any] | None = self._comm.gather(item)
+        return gathered
+
+    def allgather_objects(self, item: Any) -> list[Any]:
+        """Every rank's object everywhere. Pickled: not for a hot path."""
+        gathered: list[Any] = self._comm.allgather(item)
+        return gathered
+
+    def broadcast_object(self, item: Any) -> Any:
+        """Rank 0's object everywhere. Pickled: not for a hot path."""
+        return self._comm.bcast(item)
+
+    # -- how it is done ----------------------------------------------------------------------------
+
+    def _stage(self, x: Array) -> np.ndarray:
+        """A flat host array with the contents of `x`: a view of it where that is possible."""
+        self._backend.synchronize()
+        return np.ascontiguousarray(self._backend.to_host(x)).reshape(-1)
+
+    def _unstage(self, host: np.ndarray, x: Array) -> None:
+        """Put the contents of `host` into `x`, unless they are there already."""
+        if self._backend.on_host and np.may_share_memory(host, x):
+            return
+        x[...] = self._backend.from_host(host.reshape(x.shape))
+
+    def _call(self, name: str, wait: bool, *arguments: Any) -> MPI.Request | None:
+        """A collective of the communicator: at once when `wait`, else its non-blocking form."""
+        if wait:
+            getattr(self._comm, name)(*arguments)
+            return None
+        request: MPI.Request = getattr(self._comm, "I" + name.lower())(*arguments)
+        return request
+
+    def _pieces(self, size: int, bytes_each: int) -> list[tuple[int, int]]:
+        """Ranges of at most `message_limit` bytes that cover `size` items of `bytes_each`."""
+        count = max(1, self._limit // max(1, bytes_each))
+        return [(a, min(a + count, size)) for a in range(0, max(size, 1), count)]
+
+    def _shares(self, size: int) -> list[int]:
+        ranges = (split_range(size, self.size, rank) for rank in range(self.size))
+        return [stop - start for start, stop in ranges]
+
+    def _exchange(
+        self,
+        x: np.ndarray,
+        counts: Sequence[int],
+        out: np.ndarray,
+        out_counts: Sequence[int],
+        longest: int,
+        wait: bool,
+    ) -> Steps:
+        """Alltoallv of raw bytes, cut so that no call passes the limit.
+
+        longest: the largest count of any rank, so that all go round equally often.
+        """
+        starts, out_starts = _offsets(counts), _offsets(out_counts)
+        stride = max(1, self._limit // (x.itemsize * self.size))
+        for low in range(0, longest, stride):
+            yield self._call(
+                "Alltoallv",
+                wait,
+                _bytes(x, counts, starts, low, stride),
+                _bytes(out, out_counts, out_starts, low, stride),
+            )
+
+    def _collect(
+        self, part: np.ndarray, out: np.ndarray, counts: Sequence[int], wait: bool
+    ) -> Steps:
+        """Allgatherv of raw bytes; the counts are known everywhere."""
+        starts = _offsets(counts)
+        stride = max(1, self._limit // (out.itemsize * self.size))
+        for low in range(0, max(counts), stride):
+            mine = part[low : low + stride]
+            yield self._call(
+                "Allgatherv",
+                wait,
+                [mine.view(np.uint8), MPI.BYTE],
+                _bytes(out, counts, starts, low, stride),
+            )
+
+    def _sum(self, parts: np.ndarray) -> np.ndarray:
+        """Pairwise sum over the first axis; 16-bit floats accumulate in float32."""
+        if parts.dtype.itemsize == 2:
+            narrow = pairwise_sum(list(parts.astype(np.float32))).astype(parts.dtype)
+            return np.asarray(narrow)
+        return np.asarray(pairwise_sum(list(parts)))
+
+    def _allreduce(self, x: Array, op: Op, wait: bool) -> Steps:
+        if self.size == 1 or x.size == 0:
+            return
+        entry = self._recorder.begin(self.axis, "allreduce", x.nbytes)
+        host = self._stage(x)
+        if op == "sum" and self._reduction == "ordered":
+            yield from self._ordered_sum(host, wait)
+        elif host.dtype.itemsize == 2:
+            wide = host.astype(np.float32)
+            yield from self._library(wide, op, wait)
+            host = wide.astype(host.dtype)
+        else:
+            yield from self._library(host, op, wait)
+        self._unstage(host, x)
+        self._recorder.end(entry)
+
+    def _library(self, host: np.ndarray, op: Op, wait: bool) -> Steps:
+        for a, b in self._pieces(host.size, host.itemsize):
+            yield self._call("Allreduce", wait, MPI.IN_PLACE, host[a:b], _MPI_OPS[op])
+
+    def _ordered_sum(self, host: np.ndarray, wait: bool) -> Steps:
+        if host.nbytes * self.size <= _GATHER_LIMIT:
+            everything = np.empty((self.size, host.size), dtype=host.dtype)
+            counts = [host.size] * self.size
+            yield from self._collect(host, everything.reshape(-1), counts, wait)
+            host[...] = self._sum(everything)
+            return
+        start, stop = split_range(host.size, self.size, self.rank)
+        mine = np.empty(stop - start, dtype=host.dtype)
+        yield from self._ordered_slice(host, mine, wait)
+        yield from self._collect(mine, host, self._shares(host.size), wait)
+
+    def _ordered_slice(self, host: np.ndarray, mine: np.ndarray, wait: bool) -> Steps:
+        parts = np.empty((self.size, mine.size), dtype=host.dtype)
+        shares = self._shares(host.size)
+        yield from self._exchange(
+            host, shares, parts.reshape(-1), [mine.size] * self.size, shares[0], wait
+        )
+        mine[...] = self._sum(parts)
+
+    def _reduce_scatter(self, x: Array, out: Array, wait: bool) -> Steps:
+        if self.size == 1:
+            out[...] = x
+            return
+        entry = self._recorder.begin(self.axis, "reduce_scatter", x.nbytes)
+        host = self._stage(x)
+        start, stop = split_range(host.size, self.size, self.rank)
+        if self._reduction == "ordered":
+            mine = np.empty(stop - start, dtype=host.dtype)
+            yield from self._ordered_slice(host, mine, wait)
+        else:
+            total = host.astype(np.float32 if host.dtype.itemsize == 2 else host.dtype)
+            yield from self._library(total, "sum", wait)
+            mine = total[start:stop].astype(host.dtype)
+        self._unstage(mine, out)
+        self._recorder.end(entry)
+
+    def _allgather(
+        self, part: Array, out: Array, counts: Sequence[int] | None, wait: bool
+    ) -> Steps:
+        if self.size == 1:
+            out[...] = part.reshape(out.shape)
+            return
+        entry = self._recorder.begin(self.axis, "allgather", out.nbytes)
+        host = self._stage(out)
+        shares = self._shares(host.size) if counts is None else counts
+        yield from self._collect(self._stage(part), host, shares, wait)
+        self._unstage(host, out)
+        self._recorder.end(entry)
+
+    def _alltoall(
+        self,
+        x: Array,
+        counts: Sequence[int],
+        out: Array,
+        out_counts: Sequence[int],
+        wait: bool,
+    ) -> Steps:
+        if self.size == 1:
+            out[...] = x
+            return
+        entry = self._recorder.begin(self.axis, "alltoall", x.nbytes)
+        host = self._stage(out)
+        longest = np.array([max(*counts, *out_counts)], dtype=np.int64)
+        yield self._call("Allreduce", wait, MPI.IN_PLACE, longest, MPI.MAX)
+        yield from self._exchange(
+            self._stage(x), counts, host, out_counts, int(longest[0]), wait
+        )
+        self._unstage(host, out)
+        self._recorder.end(entry)
+
+    def _broadcast(self, x: Array, root: int, wait: bool) -> Steps:
+        if self.size == 1 or x.size == 0:
+            return
+        entry = self._recorder.begin(self.axis, "broadcast", x.nbytes)
+        host = self._stage(x)
+        raw = host.view(np.uint8)
+        for a, b in self._pieces(raw.size, 1):
+            yield self._call("Bcast", wait, [raw[a:b], MPI.BYTE], root)
+        self._unstage(host, x)
+        self._recorder.end(entry)
+
+    def _message(self, what: Literal["send", "recv"], x: Array, peer: int, tag: int) -> Steps:
+        entry = self._recorder.begin(self.axis, what, x.nbytes, peer)
+        host = self._stage(x)
+        raw = host.view(np.uint8)
+        call = self._comm.Isend if what == "send" else self._comm.Irecv
+        for a, b in self._pieces(raw.size, 1):
+            yield call([raw[a:b], MPI.BYTE], peer, tag)
+        if what == "recv":
+            self._unstage(host, x)
+        self._recorder.end(entry)
+
+
+def _run(steps: Steps) -> None:
+    """Run a call whose steps all block."""
+    for _ in steps:
+        pass
+
+
+def _offsets(counts: Sequence[int]) -> list[int]:
+    """Where each run begins when runs of these lengths lie one after another."""
+    starts, total = [], 0
+    for count in counts:
+        starts.append(total)
+        total += count
+    return starts
+
+
+def _bytes(
+    x: np.ndarray, counts: Sequence[int], starts: Sequence[int], low: int, stride: int
+) -> list[Any]:
+    """mpi4py's description, in bytes, of elements [low, low + stride) of each run of a flat array."""
+    item = x.itemsize
+    lengths = [item * max(0, min(count - low, stride)) for count in counts]
+    places = [
+        item * (start + min(low, count)) for start, count in zip(starts, counts, strict=True)
+    ]
+    return [x.view(np.uint8), (lengths, places), MPI.BYTE]

@@ -1,0 +1,111 @@
+"""The Cartesian grid of ranks and the Groups along its axes.
+
+The grid has five axes, most of them of size 1: pipe, data, expert, context, tensor, the last one
+fastest, so that tensor neighbours, who talk most, share a node.
+"""
+
+from __future__ import annotations
+
+from mpi4py import MPI
+from msgspec.structs import replace
+
+from mpillm.array.backend import Backend
+from mpillm.errors import UserError
+from mpillm.parallel.group import MESSAGE_LIMIT, Group
+from mpillm.parallel.recorder import Recorder
+from mpillm.parallel.settings import ParallelSettings
+
+__all__ = ["AXES", "Mesh", "fit"]
+
+AXES = ("pipe", "data", "expert", "context", "tensor")
+
+
+def fit(settings: ParallelSettings, ranks: int) -> ParallelSettings:
+    """The layout with `data = 0` replaced by what the ranks allow; UserError when it cannot fit."""
+    others = settings.tensor * settings.pipe * settings.context * settings.expert
+    named = f"tensor {settings.tensor} x pipe {settings.pipe}" + "".join(
+        f" x {axis} {getattr(settings, axis)}"
+        for axis in ("context", "expert")
+        if getattr(settings, axis) > 1
+    )
+    if settings.data == 0:
+        if ranks % others:
+            raise UserError(
+                f"parallel: {named} = {others} does not divide {ranks} "
+                f"{'rank' if ranks == 1 else 'ranks'}; start a multiple of {others} ranks "
+                f"(mpirun -n {others})"
+            )
+        return replace(settings, data=ranks // others)
+    product = settings.data * others
+    if product != ranks:
+        raise UserError(
+            f"parallel: data {settings.data} x {named} = {product} does not fit "
+            f"{ranks} {'rank' if ranks == 1 else 'ranks'}; start {product} (mpirun -n {product}) "
+            "or change the layout"
+        )
+    return settings
+
+
+class Mesh:
+    """This rank's place in the grid, and the Groups it belongs to.
+
+    pipe, data, expert, context, tensor: the ranks along one axis. replicas (data x expert x context):
+    those over which dense gradients are summed. batch (data x expert): those that share out a step's
+    sequences. model (pipe x tensor): those that hold one replica of the model together. tied: the
+    first and the last pipeline stage, of size 1 on every rank when those are one or the rank is
+    neither. world: all ranks.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        layout: ParallelSettings,
+        backend: Backend,
+        recorder: Recorder,
+        message_limit: int = MESSAGE_LIMIT,
+    ) -> None:
+        """`layout` must have been through `fit` for the size of `comm`. Every rank calls."""
+        self.layout = layout
+        sizes = [getattr(layout, axis) for axis in AXES]
+        grid = comm.Create_cart(sizes, periods=[False] * len(AXES), reorder=False)
+
+        def group(name: str, of: MPI.Comm) -> Group:
+            return Group(of, name, backend, recorder, layout.reduction, message_limit)
+
+        def along(name: str, *axes: str) -> Group:
+            return group(name, grid.Sub([axis in axes for axis in AXES]))
+
+        self.world = group("world", grid)
+        self.pipe = along("pipe", "pipe")
+        self.data = along("data", "data")
+        self.expert = along("expert", "expert")
+        self.context = along("context", "context")
+        self.tensor = along("tensor", "tensor")
+        self.replicas = along("replicas", "data", "expert", "context")
+        self.batch = along("batch", "data", "expert")
+        self.model = along("model", "pipe", "tensor")
+        self.tied = group("tied", self._ends(grid))
+
+    def _ends(self, grid: MPI.Cartcomm) -> MPI.Intracomm:
+        """The first and last stage of this rank's pipeline; the others are alone."""
+        last = self.pipe.size - 1
+        color = 0 if self.pipe.rank in (0, last) else 1 + self.pipe.rank
+        line = grid.Sub([axis == "pipe" for axis in AXES])
+        ends = line.Split(color, self.pipe.rank)
+        line.Free()
+        return ends
+
+    def free(self) -> None:
+        """Give all communicators back to MPI. Every rank calls."""
+        for group in vars(self).values():
+            if isinstance(group, Group):
+                group.free()
+
+    def describe(self) -> str:
+        """The layout in words: the axes above 1, or `1 rank`."""
+        parts = [
+            f"{axis} {size}"
+            for axis in ("data", "tensor", "pipe", "context", "expert")
+            if (size := getattr(self.layout, axis)) > 1
+        ]
+        return " x ".join(parts) if parts else "1 rank"

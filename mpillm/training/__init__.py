@@ -1,0 +1,1 @@
+"""Training: gradients, optimizer, evaluation and the loop."""

@@ -1,0 +1,80 @@
+"""The `train`, `optimizer` and `run` sections, and all sections together: `RunConfig`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from mpillm.checkpoint.settings import CheckpointSettings
+from mpillm.config import Section
+from mpillm.data.settings import DataSettings
+from mpillm.models.settings import ModelSettings
+from mpillm.parallel.settings import ParallelSettings
+
+__all__ = ["OptimizerSettings", "RunConfig", "RunSettings", "TrainSettings"]
+
+
+class TrainSettings(Section, frozen=True, kw_only=True):
+    """What a step is and how many there are."""
+
+    steps: Annotated[int, Meta(ge=1, description="optimizer steps in the whole run")] = 1000
+    batch_size: Annotated[int, Meta(ge=1, description="sequences a step, over all ranks")] = 16
+    micro_batch_size: Annotated[
+        int, Meta(ge=0, description="sequences a forward pass; 0: a data rank's whole share")
+    ] = 0
+    sequence_length: Annotated[int, Meta(ge=1, description="tokens a sequence")] = 64
+    dtype: Annotated[
+        Literal["float32", "float64"], Meta(description="type of weights and activations")
+    ] = "float32"
+    seed: Annotated[int, Meta(ge=0, description="of weights, dropout and data order")] = 1337
+    eval_every: Annotated[
+        int, Meta(ge=0, description="steps between validations; 0: only after the last step")
+    ] = 0
+    deterministic: Annotated[
+        bool,
+        Meta(description="the same bits in every data, pipe and accumulation layout"),
+    ] = False
+
+
+class OptimizerSettings(Section, frozen=True, kw_only=True):
+    """AdamW and its learning rate."""
+
+    name: Annotated[Literal["adamw"], Meta(description="the optimizer")] = "adamw"
+    lr: Annotated[float, Meta(gt=0, description="peak learning rate")] = 1e-3
+    min_lr: Annotated[float, Meta(ge=0, description="learning rate at the end of the decay")] = 1e-4
+    warmup: Annotated[int, Meta(ge=0, description="steps of linear warm-up")] = 100
+    schedule: Annotated[
+        Literal["cosine", "constant"], Meta(description="learning rate after the warm-up")
+    ] = "cosine"
+    betas: Annotated[
+        tuple[float, float], Meta(description="decay of the first and second moment")
+    ] = (0.9, 0.95)
+    eps: Annotated[float, Meta(gt=0, description="added to the root of the second moment")] = 1e-8
+    decay: Annotated[float, Meta(ge=0, description="decoupled weight decay of matrices")] = 0.1
+    clip: Annotated[float, Meta(ge=0, description="largest global gradient norm; 0: any")] = 1.0
+
+
+class RunSettings(Section, frozen=True, kw_only=True):
+    """Where the run lives and what it runs on."""
+
+    dir: Annotated[str, Meta(description="the run folder")] = "runs/default"
+    backend: Annotated[
+        Literal["numpy", "cupy", "strict"],
+        Meta(description="array library; strict: NumPy behind CuPy's rules, for tests"),
+    ] = "numpy"
+    threads: Annotated[
+        int, Meta(ge=0, description="BLAS threads a rank; 0: cores divided by ranks of the node")
+    ] = 0
+
+
+class RunConfig(Section, frozen=True, kw_only=True):
+    """Every setting of a run."""
+
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    train: TrainSettings = TrainSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    data: DataSettings = DataSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    run: RunSettings = RunSettings()
