@@ -60,7 +60,17 @@ class SelfAttention(Layer):
         self._scale = 1.0 / math.sqrt(e)
         self._drop = drop
         self._causal = causal
-        self.qkv = ColumnLinear(build, f"{name}.qkv", width, (3, heads, e), 1, bias=bias, std=std)
+        # A key's bias adds the same to all of a query's scores, and softmax does not see it.
+        self.qkv = ColumnLinear(
+            build,
+            f"{name}.qkv",
+            width,
+            (3, heads, e),
+            1,
+            bias=bias,
+            std=std,
+            bias_at_rest=1,
+        )
         self.out = RowLinear(build, f"{name}.out", (heads, e), width, 0, bias=bias, std=out_std)
         self._heads = self.qkv.local_outputs[1]
         self._first_head = self.qkv.weight.shard.start[1]

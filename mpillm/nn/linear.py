@@ -8,11 +8,14 @@ ColumnLinear.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpillm.nn.layer import Arrays, Build, Layer, Micro
-from mpillm.nn.param import Init
+from mpillm.nn.param import Init, Param
 from mpillm.parallel.shard import Shard
+
+if TYPE_CHECKING:
+    from mpillm.array.backend import Array
 
 __all__ = ["ColumnLinear", "RowLinear"]
 
@@ -22,6 +25,10 @@ class ColumnLinear(Layer):
 
     The outputs have a shape, (3, heads, e) for example, and are cut along its axis `cut`. Takes x
     (b, t, inputs), whole on every rank; gives this rank's part of y as (b, t, outputs of this rank).
+
+    bias_at_rest: a place on the outputs' first axis whose bias the loss does not depend on. Its
+    gradient is zero, and left so: what a computed one would hold is rounding noise, which Adam blows
+    up to full steps that differ from layout to layout.
     """
 
     def __init__(
@@ -34,10 +41,12 @@ class ColumnLinear(Layer):
         *,
         bias: bool,
         std: float,
+        bias_at_rest: int | None = None,
     ) -> None:
         mesh = build.mesh
         self._ops = build.backend.ops
         self._tensor = mesh.tensor
+        self._bias_at_rest = bias_at_rest
         shape = (*outputs, inputs)
         shard = Shard.split(shape, cut, mesh.tensor.size, mesh.tensor.rank)
         self.weight = build.store.add(
@@ -81,12 +90,23 @@ class ColumnLinear(Layer):
             grad_oi = weight.grad.reshape(-1, self.inputs)
             ops.matmul(dy_no.T, x_ni, out=grad_oi, accumulate=True)
             if bias is not None:
-                ops.sum_rows(dy_no, bias.grad.reshape(-1))
+                self._add_bias_gradient(dy_no, bias)
 
         micro.gradients.add((weight,) if bias is None else (weight, bias), add_gradients)
         dx_ni = ops.matmul(dy_no, weight.value.reshape(-1, self.inputs))
         self._tensor.allreduce(dx_ni)
         return (dx_ni.reshape(*dy.shape[:-1], self.inputs),)
+
+    def _add_bias_gradient(self, dy_no: Array, bias: Param) -> None:
+        if self._bias_at_rest is None:
+            self._ops.sum_rows(dy_no, bias.grad.reshape(-1))
+            return
+        places = self.local_outputs[0]
+        width = self.width // places
+        for place in range(places):
+            if place != self._bias_at_rest:
+                columns = slice(place * width, (place + 1) * width)
+                self._ops.sum_rows(dy_no[:, columns], bias.grad[place].reshape(-1))
 
 
 class RowLinear(Layer):

@@ -89,18 +89,31 @@ class Gradients:
     def reduce(self) -> None:
         """Make `grad` of every arena the gradient of the step, on all ranks alike.
 
-        The uses of a tied parameter are added first, in order of use, then the replicas.
+        The uses of a tied parameter are added in order of use. Adding them before the sum over the
+        replicas moves less; deterministic mode adds them after it, because only then is each use's
+        sum the tree over all micro-batches, wherever the replicas begin and end.
         """
         for arena, tree in self._trees.items():
             arena.grads[...] = tree.result()
         for stage in self._stages:
             for arena in stage.store.arenas:
-                for use in range(1, len(arena.grads)):
-                    arena.grads[0] += arena.grads[use]
-                if arena.tied:
-                    self._mesh.tied.allreduce(arena.grad)
-                for group in arena.reduce_over:
-                    group.allreduce(arena.grad)
+                if self._deterministic:
+                    self._sum_replicas(arena, arena.grads)
+                    self._sum_uses(arena)
+                else:
+                    self._sum_uses(arena)
+                    self._sum_replicas(arena, arena.grad)
+
+    def _sum_uses(self, arena: Arena) -> None:
+        for use in range(1, len(arena.grads)):
+            arena.grads[0] += arena.grads[use]
+        if arena.tied:
+            self._mesh.tied.allreduce(arena.grad)
+
+    @staticmethod
+    def _sum_replicas(arena: Arena, grads: Array) -> None:
+        for group in arena.reduce_over:
+            group.allreduce(grads)
 
     def norm(self) -> float:
         """Length of the whole gradient, each parameter counted once; the same on all ranks.

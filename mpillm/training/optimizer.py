@@ -59,5 +59,5 @@ class AdamW:
             for param, offset in zip(arena.params, arena.offsets, strict=True):
                 part = slice(offset, offset + param.shard.size)
                 yield "parameter", param, param.master
-                yield "optimizer/first", param, first[part].reshape(param.shard.local_shape)
-                yield "optimizer/second", param, second[part].reshape(param.shard.local_shape)
+                yield "optimizer/m", param, first[part].reshape(param.shard.local_shape)
+                yield "optimizer/v", param, second[part].reshape(param.shard.local_shape)

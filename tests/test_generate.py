@@ -1,0 +1,163 @@
+"""Generation: the sampler, the cache, and the command under several layouts."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpillm.array.backend import Backend
+from mpillm.checkpoint.reader import Checkpoint
+from mpillm.checkpoint.verify import resolve
+from mpillm.data.tokenizer import load_tokenizer
+from mpillm.inference.engine import Engine, Sampling
+from mpillm.inference.sampling import sample
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+TEXT = Path(__file__).parent.parent / "LICENSE"
+FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "greedy": False}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, mpirun: Command) -> Path:
+    """A run folder, trained with three heads on two tensor ranks."""
+    folder = tmp_path_factory.mktemp("run")
+    config = folder / "small.toml"
+    config.write_text(
+        "[model]\nlayers = 2\nheads = 3\nwidth = 24\n[parallel]\ntensor = 2\n"
+        "[train]\nsteps = 60\nbatch_size = 8\nsequence_length = 24\n"
+        "[optimizer]\nlr = 1e-2\nwarmup = 5\n"
+        f"[data]\ntext = ['{TEXT}']\n[run]\ndir = '{folder}'\n"
+    )
+    result = mpirun(2, "-m", "mpillm", "train", str(config))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(run: Path) -> Engine:
+    """The run's model on one rank."""
+    return Engine(Checkpoint.open(resolve(run)), MPI.COMM_SELF, Backend.create("numpy"))
+
+
+def test_greedy_takes_the_first_largest() -> None:
+    logits = np.array([0.0, 2.0, 2.0, -1.0])
+    assert sample(logits, **{**FREE, "greedy": True}, key=1) == 1
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    probabilities = np.array([0.5, 0.25, 0.15, 0.1])
+    drawn = [sample(np.log(probabilities), **FREE, key=key) for key in range(20000)]
+    share = np.bincount(drawn, minlength=4) / len(drawn)
+    # Five standard deviations.
+    assert (np.abs(share - probabilities) < 5 * np.sqrt(probabilities / len(drawn))).all()
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    logits = np.log(np.array([0.6, 0.4]))
+
+    def share(temperature: float) -> float:
+        settings = {**FREE, "temperature": temperature}
+        return sum(sample(logits, **settings, key=key) == 0 for key in range(4000)) / 4000
+
+    sharp, flat = 0.6**4 / (0.6**4 + 0.4**4), 0.6**0.25 / (0.6**0.25 + 0.4**0.25)
+    assert share(0.25) == pytest.approx(sharp, abs=0.04)
+    assert share(4.0) == pytest.approx(flat, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("settings", "possible"),
+    [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_p": 0.4}, {3}),
+        ({"top_p": 0.5}, {3, 1}),
+        ({"top_p": 0.75}, {3, 1, 0}),
+        ({"top_k": 3, "top_p": 0.999}, {3, 1, 0}),
+        ({}, {0, 1, 2, 3}),
+    ],
+)
+def test_top_k_and_top_p(settings: dict[str, float], possible: set[int]) -> None:
+    logits = np.log(np.array([0.2, 0.28, 0.1, 0.42]))
+    drawn = {sample(logits, **{**FREE, **settings}, key=key) for key in range(500)}
+    assert drawn == possible
+
+
+def test_cached_decoding_equals_reading_everything(engine: Engine) -> None:
+    """Greedy tokens from the cache are the largest logits of a full forward pass."""
+    prompt = [5, 9, 3]
+    drawn = engine.generate(prompt, 12, 2, Sampling(greedy=True))
+    assert (drawn[0] == drawn[1]).all()
+    text = list(prompt)
+    for token in drawn[0]:
+        assert int(engine.logits(np.array([text]))[0, -1].argmax()) == token
+        text.append(int(token))
+
+
+def test_text_beyond_the_context_forgets_the_older_half(engine: Engine) -> None:
+    prompt = [7, 2, 11]
+    drawn = engine.generate(prompt, 60, 1, Sampling(greedy=True))[0].tolist()
+    text, length = list(prompt), len(prompt)
+    for token in drawn:
+        window = text[-length:]
+        assert int(engine.logits(np.array([window]))[0, -1].argmax()) == token
+        text.append(token)
+        length = length + 1 if length < 24 else 12
+
+
+def test_a_long_prompt_is_cut_to_the_context(engine: Engine) -> None:
+    prompt = list(range(40))
+    drawn = engine.generate(prompt, 1, 1, Sampling(greedy=True))[0, 0]
+    assert int(engine.logits(np.array([prompt[-24:]]))[0, -1].argmax()) == drawn
+
+
+def test_samples_differ_and_repeat(engine: Engine) -> None:
+    first = engine.generate([1], 20, 3, Sampling(seed=1))
+    assert (first == engine.generate([1], 20, 3, Sampling(seed=1))).all()
+    assert len({tuple(row) for row in first.tolist()}) == 3
+    assert not (first == engine.generate([1], 20, 3, Sampling(seed=2))).all()
+    # A sample does not depend on how many are drawn beside it.
+    assert (engine.generate([1], 20, 1, Sampling(seed=1))[0] == first[0]).all()
+
+
+def test_command_gives_the_same_text_on_any_ranks(
+    python: Command, mpirun: Command, run: Path
+) -> None:
+    command = ["-m", "mpillm", "generate", str(run), "--prompt", "Licen", "--max-new-tokens", "60"]
+    sampled = ["--num-samples", "2", "--temperature", "0.8", "--top-k", "20", "--seed", "3"]
+    for options in (["--greedy"], sampled):
+        texts = [python(*command, *options)]
+        texts += [mpirun(ranks, *command, *options) for ranks in (2, 4)]
+        for result in texts:
+            assert result.returncode == 0, result.stderr
+            assert result.stdout == texts[0].stdout
+        assert texts[0].stdout.count("Licen") >= (1 if options == ["--greedy"] else 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "中"], "中"),
+        (["--prompt", ""], "--prompt"),
+        (["--prompt", "a", "--temperature", "0"], "--temperature"),
+        (["--prompt", "a", "--top-p", "1.5"], "--top-p"),
+        (["--prompt", "a", "--top-k", "-1"], "--top-k"),
+        (["--prompt", "a", "--num-samples", "0"], "--num-samples"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    python: Command, run: Path, options: list[str], message: str
+) -> None:
+    result = python("-m", "mpillm", "generate", str(run), *options)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], result.stderr
+
+
+def test_the_tokenizer_is_the_run_s(run: Path) -> None:
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode("License")) == "License"

@@ -1,0 +1,201 @@
+"""A run that is killed and resumed, in the same layout and in another; through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpillm.checkpoint.reader import Checkpoint
+from mpillm.checkpoint.verify import resolve
+from mpillm.parallel.shard import Shard
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+TEXT = Path(__file__).parent.parent / "LICENSE"
+STEPS = 12
+CONFIG = f"""
+[model]
+layers = 2
+heads = 2
+width = 16
+dropout = 0.1
+[train]
+steps = {STEPS}
+batch_size = 4
+micro_batch_size = 2
+sequence_length = 16
+eval_every = 4
+[optimizer]
+warmup = 2
+[checkpoint]
+every = 3
+keep = 2
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The settings of a small run on the licence's text."""
+    path = tmp_path / "run.toml"
+    path.write_text(f"{CONFIG}[data]\ntext = [{json.dumps(str(TEXT))}]\n")
+    return path
+
+
+def arguments(config: Path, folder: Path, *more: str) -> list[str]:
+    """Of `python`, to train in `folder`."""
+    return ["-m", "mpillm", "train", str(config), f"--run.dir={folder}", *more]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The run's metrics without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("tokens_per_second", "step_seconds")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def state(folder: Path) -> dict[tuple[str, str], np.ndarray]:
+    """Every array of the newest checkpoint, whole."""
+    with Checkpoint.open(resolve(folder)) as checkpoint:
+        return {
+            (kind, name): checkpoint.read(kind, name, Shard.whole(checkpoint.shape(name, kind)))
+            for kind in checkpoint.kinds()
+            for name in checkpoint.names(kind)
+        }
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    """What a command printed, once it is known to have ended well."""
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def train_and_kill(command: list[str], folder: Path, environment: dict[str, str]) -> int:
+    """Start training, SIGKILL everything once it is past a checkpoint; returns the steps seen."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    path = folder / "metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        done = path.read_text().count("\n") if path.exists() else 0
+        if done >= 4:
+            break
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return path.read_text().count("\n")
+
+
+def test_killed_and_resumed_is_bitwise_the_same(
+    python: Command, environment: dict[str, str], config: Path, tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    succeed(python(*arguments(config, whole)))
+    command = [sys.executable, *arguments(config, broken)]
+    seen = train_and_kill(command, broken, environment)
+    assert 4 <= seen < STEPS, "the run was not killed on the way"
+    assert "resumed after step" in succeed(python(*arguments(config, broken)))
+    assert metrics(broken) == metrics(whole)
+    expected, found = state(whole), state(broken)
+    assert expected.keys() == found.keys()
+    assert {kind for kind, _ in expected} == {"parameter", "optimizer/m", "optimizer/v"}
+    for key, values in expected.items():
+        assert (values == found[key]).all(), key
+
+
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipe"])
+def test_resumed_in_another_layout(
+    python: Command, mpirun: Command, config: Path, tmp_path: Path, layout: str
+) -> None:
+    """Half the steps on one rank, half on two, against one rank all the way."""
+    whole, mixed = tmp_path / "whole", tmp_path / "mixed"
+    succeed(python(*arguments(config, whole)))
+    # The rate's schedule reaches over all steps, so the first half must not end the run.
+    succeed(python(*arguments(config, mixed)))
+    for path in (mixed / "checkpoints").iterdir():
+        if not path.name.endswith("09"):
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    said = succeed(mpirun(2, *arguments(config, mixed, f"--parallel.{layout}=2")))
+    assert "resumed after step 9" in said and f"{layout} 2" in said
+    for ours, theirs in zip(metrics(whole), metrics(mixed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert ours.get("val_loss") == pytest.approx(theirs.get("val_loss"), rel=2e-5)
+    expected, found = state(whole), state(mixed)
+    for key, values in expected.items():
+        if key[0] == "parameter":
+            scale = np.abs(values).max() + STEPS * 1e-3
+            assert np.abs(values - found[key]).max() <= 2e-5 * scale, key
+
+
+def test_keeps_the_last_checkpoints_and_a_complete_run_says_so(
+    python: Command, config: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    succeed(python(*arguments(config, folder)))
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000009", "step-00000012"]
+    assert "is complete: 12 of 12 steps" in succeed(python(*arguments(config, folder)))
+    assert "resumed after step 12" in succeed(
+        python(*arguments(config, folder, "--train.steps=13"))
+    )
+
+
+def test_fresh_keeps_the_old_run(python: Command, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    succeed(python(*arguments(config, folder)))
+    before = state(folder)
+    succeed(python(*arguments(config, folder, "--fresh", "--train.seed=7")))
+    assert (state(tmp_path / "run.1")[next(iter(before))] == before[next(iter(before))]).all()
+    assert not (state(folder)[next(iter(before))] == before[next(iter(before))]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--model.layers=3", "model.layers = 3, but"),
+        ("--model.width=32", "model.width = 32, but"),
+        (f"--data.text={Path(__file__)}", "other characters"),
+    ],
+)
+def test_another_model_or_text_is_refused(
+    python: Command, config: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    folder = tmp_path / "run"
+    succeed(python(*arguments(config, folder)))
+    result = python(*arguments(config, folder, "--train.steps=20", change))
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0] and "--fresh" in lines[0]
+
+
+def test_a_damaged_checkpoint_is_named(python: Command, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    succeed(python(*arguments(config, folder)))
+    shard = folder / "checkpoints" / "step-00000012" / "shard-00000.h5"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    for command in (
+        arguments(config, folder, "--train.steps=20"),
+        ["-m", "mpillm", "generate", str(folder), "--prompt", "a"],
+    ):
+        result = python(*command)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert "shard-00000.h5" in result.stderr and "step-00000012" in result.stderr
