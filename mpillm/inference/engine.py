@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,11 @@ def generate(
     with agree(comm):
         path = resolve(run)
         checkpoint = Checkpoint.open(path)
-        tokenizer = load_tokenizer(path.parent.parent / "tokenizer.json")
+        tokenizer_path = path.parent.parent / "tokenizer.json"
+        tokenizer = load_tokenizer(tokenizer_path)
+        digest = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+        if checkpoint.manifest.extra.get("tokenizer.json") != digest:
+            raise UserError(f"{tokenizer_path} is not the one that {path} was trained with")
         if not prompt:
             raise UserError("--prompt: the text is empty; expected at least one character")
         ids = tokenizer.encode(prompt)

@@ -58,7 +58,8 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
         if comm.rank == 0:
             _make_folder(folder, fresh)
     with agree(comm):
-        prepared = prepare(config.data, folder, write=comm.rank == 0)
+        trained = latest(folder / "checkpoints") is not None
+        prepared = prepare(config.data, folder, write=comm.rank == 0, replace=not trained)
     with agree(comm):
         tokens = TokenFile(prepared.tokens)
         config = _resolve(config, tokens)
@@ -165,7 +166,12 @@ class _Run:
             )
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        """UserError where the checkpoint is of another model or another text."""
+        """UserError where the checkpoint is of another model or another tokenizer."""
+        if checkpoint.manifest.extra.get("tokenizer.json") != self._tokenizer_hash:
+            raise UserError(
+                f"{self._folder / 'tokenizer.json'} is not the one that {checkpoint.path} was "
+                "trained with; put that one back, or start anew with --fresh or another run.dir"
+            )
         stored, now = checkpoint.manifest.settings["model"], asdict(self._config.model)
         for key in sorted(stored.keys() | now.keys()):
             if stored.get(key) != now.get(key):
@@ -173,11 +179,6 @@ class _Run:
                     f"model.{key} = {now.get(key)!r}, but {checkpoint.path} has "
                     f"{stored.get(key)!r}; set it back, or start anew with --fresh or another run.dir"
                 )
-        if checkpoint.manifest.extra.get("tokenizer.json") != self._tokenizer_hash:
-            raise UserError(
-                f"data: the text has other characters than the one {checkpoint.path} was trained "
-                "on; set it back, or start anew with --fresh or another run.dir"
-            )
 
     def _save(self) -> Path:
         """Commit a checkpoint; collective."""
