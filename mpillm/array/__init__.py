@@ -1,1 +1,1 @@
-"""Arrays on one device: backend, operations, random numbers. Knows nothing of MPI, layers or models."""
+"""Arrays on one device: backend, operations, random numbers. Knows no MPI, layers or models."""

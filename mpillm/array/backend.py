@@ -1,8 +1,8 @@
 """The array library of a process: NumPy, CuPy, or NumPy behind CuPy's rules.
 
-One `Backend` is made by the entry point and handed to everything that computes. It holds the library
-(`xp`), the operations (`ops`: the tuned version of each where there is one, else the reference), the
-keyed random numbers (`random`) and the ways between host and device.
+One `Backend` is made by the entry point and handed to everything that computes. It holds the
+library (`xp`), the operations (`ops`: the tuned version of each where there is one, else the
+reference), the keyed random numbers (`random`) and the ways between host and device.
 """
 
 from __future__ import annotations

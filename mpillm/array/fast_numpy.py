@@ -1,4 +1,4 @@
-"""Tuned NumPy versions of some operations: tiled and in place, so that temporaries stay in cache."""
+"""Tuned NumPy versions of some operations: tiled and in place, so that work stays in cache."""
 
 from __future__ import annotations
 

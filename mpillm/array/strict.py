@@ -263,7 +263,7 @@ class _Ufunc:
         return out if out is not None else StrictArray(np.asarray(result), self._xp)
 
     def at(self, a: Any, indices: Any, b: Any) -> None:
-        """Apply to the elements `a[indices]` in place, to a repeated one as often as it is named."""
+        """Apply to the elements `a[indices]` in place, to a repeated one as often as it occurs."""
         if self._name not in api.SCATTERING or _array(a).dtype.char not in api.ATOMIC:
             raise TypeError(f"cupy.{self._name}.at does not support {a.dtype}")
         self._ufunc.at(_array(a), _index(indices), _operand(b))

@@ -1,8 +1,8 @@
 """The part of CuPy's API that the strict stand-in offers: names and arguments, as data.
 
-Every name and keyword is in CuPy 13.6 and 14.2; a test compares where CuPy is installed. A form such
-as "a axis * out keepdims" lists the arguments of a function, those after * by keyword only, one with
-... any number of times. Defaults are NumPy's, which CuPy shares.
+Every name and keyword is in CuPy 13.6 and 14.2; a test compares where CuPy is installed. A form
+such as "a axis * out keepdims" lists the arguments of a function, those after * by keyword only,
+one with ... any number of times. Defaults are NumPy's, which CuPy shares.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Form:
     def parse(cls, text: str) -> Form:
         """Read the notation above."""
         positional = text.partition("*")[0].split()
-        repeated = (
-            positional.pop()[:-3] if text.partition("*")[0].rstrip().endswith("...") else None
-        )
+        repeated = None
+        if positional and positional[-1].endswith("..."):
+            repeated = positional.pop().removesuffix("...")
         return cls(tuple(positional), repeated, frozenset(text.replace("*", " ").split()))
 
     def label(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Generation from a trained run, on one process or with the model cut over the ranks' tensor group."""
+"""Generation from a trained run, on one process or with the model cut over the tensor group."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class Engine:
         model = build_model(model_settings)
         self._context: int = model_settings.context
         self._backend = backend
-        self._mesh = Mesh(comm, fit(ParallelSettings(tensor=comm.size), comm.size), backend, Recorder())
+        self._mesh = Mesh(
+            comm, fit(ParallelSettings(tensor=comm.size), comm.size), backend, Recorder()
+        )
         model.check_layout(self._mesh)
         dtype = backend.dtype(settings["train"]["dtype"])
         with agree(comm):
@@ -143,9 +145,9 @@ def generate(
     """Continue `prompt` with the newest checkpoint of a run; returns `num_samples` texts.
 
     run: a run folder or one checkpoint of it. Every rank of `comm` (default: all of MPI's world)
-    calls, and every rank gets the same texts, which begin with the prompt. The result does not depend
-    on the number of ranks, up to the rounding of sums. UserError for a run or a prompt that does not
-    work.
+    calls, and every rank gets the same texts, which begin with the prompt. The result does not
+    depend on the number of ranks, up to the rounding of sums. UserError for a run or a prompt that
+    does not work.
     """
     comm = start() if comm is None else comm
     with agree(comm):

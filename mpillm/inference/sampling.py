@@ -21,9 +21,9 @@ def sample(
     """Draw one token id. logits: (v,), on the host.
 
     greedy: the largest logit, the lowest id among equals. Otherwise the logits are divided by
-    `temperature`; of `top_k` > 0 the largest `top_k` are kept; of `top_p` < 1 the smallest set of the
-    likeliest tokens whose probability reaches `top_p` (Holtzman et al. 2020, "The Curious Case of
-    Neural Text Degeneration"). The draw is a function of `key` alone, in float64.
+    `temperature`; of `top_k` > 0 the largest `top_k` are kept; of `top_p` < 1 the smallest set of
+    the likeliest tokens whose probability reaches `top_p` (Holtzman et al. 2020, "The Curious Case
+    of Neural Text Degeneration"). The draw is a function of `key` alone, in float64.
     """
     if greedy:
         return int(np.argmax(logits))

@@ -23,7 +23,7 @@ Spec = tuple[tuple[int, ...], Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """A layer that is not built yet: its name, its cost (multiply-adds a token), how to build it."""
+    """A layer that is not built yet: name, cost (multiply-adds a token), and how to build it."""
 
     name: str
     cost: float
@@ -91,9 +91,7 @@ def partition(costs: tuple[float, ...], stages: int) -> list[tuple[int, int]]:
     return list(zip((0, *ends[:-1]), ends, strict=True))
 
 
-def build_stage(
-    model: Model, backend: Backend, mesh: Mesh, dtype: Any, seed: int | None
-) -> Stage:
+def build_stage(model: Model, backend: Backend, mesh: Mesh, dtype: Any, seed: int | None) -> Stage:
     """This rank's stage, with its parameters allocated, and initialized unless seed is None."""
     cuts = partition(tuple(unit.cost for unit in model.units), mesh.pipe.size)
     start, stop = cuts[mesh.pipe.rank]

@@ -45,7 +45,9 @@ class ModelSettings(Section, frozen=True, kw_only=True):
         """The family's own settings class for the table of a `model` section."""
         name = table.get("family", "gpt2")
         if name not in families():
-            raise UserError(f"{where}.family: no family {name!r}; {did_you_mean(str(name), families())}")
+            raise UserError(
+                f"{where}.family: no family {name!r}; {did_you_mean(str(name), families())}"
+            )
         settings: type[ModelSettings] = importlib.import_module(f"mpillm.models.{name}").Settings
         return settings
 

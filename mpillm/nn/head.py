@@ -24,7 +24,9 @@ _CHUNK = 1 << 22
 
 
 class LanguageModelHead(Layer):
-    """Takes x (b, t, d). Gives, by `micro.want`, the summed loss of the counted tokens as a
+    """Final norm, projection and loss.
+
+    Takes x (b, t, d). Gives, by `micro.want`, the summed loss of the counted tokens as a
     0-dimensional float64, or all logits (b, t, v), or those of the last token (b, 1, v).
 
     norm: the final norm. tied: the projection is the embedding's table, else a weight of its own.

@@ -38,9 +38,9 @@ class Micro:
     tokens: int (b, t). labels: int (b, t), the token after each; needed where the loss is. mask:
     (b, t), 1 for counted tokens, else 0, in the compute dtype. samples: int64 (b,), number of each
     sequence in the step, the same in every layout. index: int64 (t,) or (b, t), each token's place
-    in its sequence. documents: int (b, t) or None for one document a sequence. key: the step's random
-    key. want: what the head gives: the summed loss, or logits. state: for each attention layer's name
-    its key/value cache, when decoding. gradients: the sink for weight gradients.
+    in its sequence. documents: int (b, t) or None for one document a sequence. key: the step's
+    random key. want: what the head gives: the summed loss, or logits. state: for each attention
+    layer's name its key/value cache, when decoding. gradients: the sink for weight gradients.
     """
 
     tokens: Array
@@ -82,8 +82,8 @@ class Layer(ABC):
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
         """Derivatives of the loss by the inputs, given those by the outputs.
 
-        Hands the work for weight gradients to `micro.gradients`. May overwrite `d_outputs`, and what
-        is in `saved`: both are used once.
+        Hands the work for weight gradients to `micro.gradients`. May overwrite `d_outputs`, and
+        what is in `saved`: both are used once.
         """
 
     def new_state(self, b: int, capacity: int) -> dict[str, Any]:

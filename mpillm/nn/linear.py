@@ -24,11 +24,12 @@ class ColumnLinear(Layer):
     """y = x W^T + b with the outputs cut over the tensor group.
 
     The outputs have a shape, (3, heads, e) for example, and are cut along its axis `cut`. Takes x
-    (b, t, inputs), whole on every rank; gives this rank's part of y as (b, t, outputs of this rank).
+    (b, t, inputs), whole on every rank; gives this rank's part of y as (b, t, outputs of this
+    rank).
 
     bias_at_rest: a place on the outputs' first axis whose bias the loss does not depend on. Its
-    gradient is zero, and left so: what a computed one would hold is rounding noise, which Adam blows
-    up to full steps that differ from layout to layout.
+    gradient is zero, and left so: what a computed one would hold is rounding noise, which Adam
+    blows up to full steps that differ from layout to layout.
     """
 
     def __init__(
@@ -112,8 +113,8 @@ class ColumnLinear(Layer):
 class RowLinear(Layer):
     """y = x W^T + b with the inputs cut over the tensor group.
 
-    The inputs have a shape, (heads, e) for example, cut along its axis `cut`. Takes this rank's part
-    of x (b, t, inputs of this rank); gives y (b, t, outputs), whole on every rank.
+    The inputs have a shape, (heads, e) for example, cut along its axis `cut`. Takes this rank's
+    part of x (b, t, inputs of this rank); gives y (b, t, outputs), whole on every rank.
     """
 
     def __init__(
@@ -179,4 +180,3 @@ class RowLinear(Layer):
         micro.gradients.add((weight,) if bias is None else (weight, bias), add_gradients)
         dx_ni = ops.matmul(dy_no, weight.value.reshape(self.outputs, self.width))
         return (dx_ni.reshape(*dy.shape[:-1], self.width),)
-

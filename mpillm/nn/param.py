@@ -159,7 +159,9 @@ class ParamStore:
             offsets.append(size)
             size += -(-param.shard.size // _ALIGN) * _ALIGN
         # The uses of every parameter of a tied arena are on the same layers' stages.
-        uses = {param.name: [use for use in self._uses if use.name == param.name] for param in params}
+        uses = {
+            param.name: [use for use in self._uses if use.name == param.name] for param in params
+        }
         rows = max(len(same) for same in uses.values())
         value = self._backend.zeros((size,), self._dtype)
         grads = self._backend.zeros((rows, size), self._dtype)

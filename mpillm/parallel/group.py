@@ -368,9 +368,7 @@ class Group:
         host = self._stage(out)
         longest = np.array([max(*counts, *out_counts)], dtype=np.int64)
         yield self._call("Allreduce", wait, MPI.IN_PLACE, longest, MPI.MAX)
-        yield from self._exchange(
-            self._stage(x), counts, host, out_counts, int(longest[0]), wait
-        )
+        yield from self._exchange(self._stage(x), counts, host, out_counts, int(longest[0]), wait)
         self._unstage(host, out)
         self._recorder.end(entry)
 
@@ -415,10 +413,8 @@ def _offsets(counts: Sequence[int]) -> list[int]:
 def _bytes(
     x: np.ndarray, counts: Sequence[int], starts: Sequence[int], low: int, stride: int
 ) -> list[Any]:
-    """mpi4py's description, in bytes, of elements [low, low + stride) of each run of a flat array."""
+    """What mpi4py needs to move elements [low, low + stride) of each run of a flat array."""
     item = x.itemsize
     lengths = [item * max(0, min(count - low, stride)) for count in counts]
-    places = [
-        item * (start + min(low, count)) for start, count in zip(starts, counts, strict=True)
-    ]
+    places = [item * (start + min(low, count)) for start, count in zip(starts, counts, strict=True)]
     return [x.view(np.uint8), (lengths, places), MPI.BYTE]

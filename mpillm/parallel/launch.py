@@ -46,6 +46,10 @@ __all__ = [
 # Seconds that a rank with a user's mistake waits for the other ranks to report it too.
 _PATIENCE = 2.0
 
+# Seconds for a launcher to pass a rank's last words on: one that ends a job drops what it has not
+# read yet.
+_LAST_WORDS = 0.2
+
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 _THREAD_VARIABLES = (
@@ -84,6 +88,7 @@ def _abort_on_exceptions(world: Comm) -> None:
         text = "".join(traceback.format_exception(kind, value, trace))
         _print_error(f"{name}: {text}")
         if world.size > 1:
+            time.sleep(_LAST_WORDS)
             world.Abort(1)
 
     def end_thread(args: threading.ExceptHookArgs) -> None:
@@ -140,12 +145,16 @@ def end_in_error(error: UserError) -> int:
             _print_error(line)
         else:
             time.sleep(_PATIENCE)  # a launcher may end the job at the first rank that exits
+    elif world.size == 1:
+        _print_error(line)
     elif _all_arrive(world):
         if world.rank == 0:
             _print_error(line)
+            time.sleep(_LAST_WORDS)
         world.Barrier()  # as above: nobody exits before the line is out
     else:
         _print_error(line)
+        time.sleep(_LAST_WORDS)
         world.Abort(EXIT_USER_ERROR)
     return EXIT_USER_ERROR
 
@@ -214,7 +223,7 @@ def choose_threads(threads: int, comm: Comm) -> int:
     return threads
 
 
-def _node(comm: Comm) -> Comm:
+def _node(comm: Comm) -> MPI.Comm:
     """The ranks of `comm` on this rank's node."""
     from mpi4py import MPI
 

@@ -49,11 +49,12 @@ def fit(settings: ParallelSettings, ranks: int) -> ParallelSettings:
 class Mesh:
     """This rank's place in the grid, and the Groups it belongs to.
 
-    pipe, data, expert, context, tensor: the ranks along one axis. replicas (data x expert x context):
-    those over which dense gradients are summed. batch (data x expert): those that share out a step's
-    sequences. model (pipe x tensor): those that hold one replica of the model together. tied: the
-    first and the last pipeline stage, of size 1 on every rank when those are one or the rank is
-    neither. world: all ranks.
+    pipe, data, expert, context, tensor: the ranks along one axis.
+    replicas (data x expert x context): those over which dense gradients are summed.
+    batch (data x expert): those that share out a step's sequences.
+    model (pipe x tensor): those that hold one replica of the model together.
+    tied: the first and the last pipeline stage; of size 1 where they are one or this is neither.
+    world: all ranks.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Mesh:
         last = self.pipe.size - 1
         color = 0 if self.pipe.rank in (0, last) else 1 + self.pipe.rank
         line = grid.Sub([axis == "pipe" for axis in AXES])
-        ends = line.Split(color, self.pipe.rank)
+        ends: MPI.Intracomm = line.Split(color, self.pipe.rank)  # type: ignore[assignment]
         line.Free()
         return ends
 

@@ -7,17 +7,16 @@ from typing import Any, Protocol
 
 from mpillm.array.backend import Backend
 from mpillm.parallel.group import Group, Request
-from mpillm.parallel.schedules import (
-    Action,
+from mpillm.parallel.programs import (
     Compute,
     Direction,
-    Kind,
     Message,
     Program,
     Receive,
     Send,
     Wait,
 )
+from mpillm.parallel.schedules import Action, Kind
 
 __all__ = ["Executor", "PipelineStage"]
 

@@ -16,7 +16,7 @@ __all__ = ["Shard", "split_range"]
 def split_range(total: int, parts: int, index: int) -> tuple[int, int]:
     """Start and stop of part `index` when `total` items are dealt to `parts` in contiguous runs.
 
-    The first `total % parts` parts hold one item more than the rest, so sizes differ by at most one.
+    The first `total % parts` parts hold one item more, so that sizes differ by at most one.
 
     >>> [split_range(5, 3, i) for i in range(3)]
     [(0, 2), (2, 4), (4, 5)]

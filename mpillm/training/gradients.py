@@ -1,9 +1,9 @@
 """From the gradients of micro-batches to the gradient of the step, and its norm.
 
-In deterministic mode each micro-batch's gradient is computed by itself, and they are combined by the
-pairwise tree over the micro-batches' numbers: here as far as this rank's block of them goes, by the
-ordered reduction over the ranks beyond. Otherwise they are accumulated in place, which takes less
-memory and time.
+In deterministic mode each micro-batch's gradient is computed by itself, and they are combined by
+the pairwise tree over the micro-batches' numbers: here as far as this rank's block of them goes, by
+the ordered reduction over the ranks beyond. Otherwise they are accumulated in place, which takes
+less memory and time.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ class Gradients:
             first[name] = total
             total += blocks[name]
         places = [
-            first[param.name] + block for param in owned for block in range(_blocks(param.shard.size))
+            first[param.name] + block
+            for param in owned
+            for block in range(_blocks(param.shard.size))
         ]
         return total, self._backend.from_host(np.array(places, dtype=np.int64))
 

@@ -176,8 +176,8 @@ class _Run:
         for key in sorted(stored.keys() | now.keys()):
             if stored.get(key) != now.get(key):
                 raise UserError(
-                    f"model.{key} = {now.get(key)!r}, but {checkpoint.path} has "
-                    f"{stored.get(key)!r}; set it back, or start anew with --fresh or another run.dir"
+                    f"model.{key} = {now.get(key)!r}, but {checkpoint.path} has {stored.get(key)!r}"
+                    "; set it back, or start anew with --fresh or another run.dir"
                 )
 
     def _save(self) -> Path:

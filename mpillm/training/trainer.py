@@ -20,7 +20,8 @@ from mpillm.nn.param import Param
 from mpillm.parallel.group import pairwise_sum
 from mpillm.parallel.mesh import Mesh
 from mpillm.parallel.pipeline import Executor
-from mpillm.parallel.schedules import SCHEDULES, forward_only, lower, validate
+from mpillm.parallel.programs import lower, validate
+from mpillm.parallel.schedules import SCHEDULES, forward_only
 from mpillm.training.gradients import Gradients
 from mpillm.training.learning_rate import learning_rate
 from mpillm.training.optimizer import AdamW
@@ -122,8 +123,8 @@ class Trainer:
         lr = learning_rate(self.step_number, self._train.steps, self._optimizer_settings)
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise UserError(
-                f"step {self.step_number + 1}: the loss is {loss} and the gradient norm {norm}; the "
-                "update was not applied; lower optimizer.lr or go back to an earlier checkpoint"
+                f"step {self.step_number + 1}: the loss is {loss} and the gradient norm {norm}; "
+                "the update was not applied; lower optimizer.lr or go back to an older checkpoint"
             )
         self.step_number += 1
         self.samples_consumed += self._train.batch_size

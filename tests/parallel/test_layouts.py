@@ -125,7 +125,9 @@ def test_small_messages_change_no_bit(world: MPI.Intracomm) -> None:
     layout, schedule = cases()[-1]
     model, train = settings(True, "float32")
     whole, cut = (
-        run(world, model, train, parallel(layout, schedule), text=TEXT, steps=1, message_limit=limit)
+        run(
+            world, model, train, parallel(layout, schedule), text=TEXT, steps=1, message_limit=limit
+        )
         for limit in (1 << 30, 1000)
     )
     if world.rank == 0:

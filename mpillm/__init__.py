@@ -1,0 +1,97 @@
+"""Large language models on anything that has MPI: training and generation.
+
+    import mpillm
+
+    mpillm.train("jobs/kjv.toml")
+    print(mpillm.generate("runs/kjv", prompt="In the beginning")[0])
+
+Importing the package loads neither NumPy nor mpi4py: a program may choose its thread counts first.
+Under mpirun every rank makes the same calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpillm.parallel.launch import Comm
+    from mpillm.training.loop import TrainResult
+    from mpillm.training.settings import RunConfig
+
+__all__ = ["__version__", "generate", "train"]
+
+__version__ = "0.1.0"
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    comm: Comm | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+) -> TrainResult:
+    """Train a model, or resume the run in its folder.
+
+    config: the settings, as a `RunConfig`, as tables (`{"train": {"steps": 10}, ...}`) or as the
+    path of a TOML file. overrides: `--section.key=value` strings as on the command line.
+    comm: the communicator whose ranks train together, by default all ranks; then, as in the
+    command, an uncaught exception on any rank from now on ends the job. fresh: start over even
+    where the run folder holds checkpoints. Collective. Raises `mpillm.errors.UserError`, on every
+    rank, for settings that are wrong.
+    """
+    from mpillm.config import Section, load, to_table
+    from mpillm.parallel.launch import agree, choose_threads, start
+    from mpillm.training.settings import RunConfig
+
+    comm = start() if comm is None else comm
+    with agree(comm):
+        source = to_table(config) if isinstance(config, Section) else config
+        checked = load(RunConfig, Path(source) if isinstance(source, str) else source, overrides)
+    choose_threads(checked.run.threads, comm)
+
+    from mpillm.training import loop
+
+    return loop.train(checked, comm, fresh=fresh)
+
+
+def generate(
+    run: str | Path,
+    *,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 0,
+    greedy: bool = False,
+    comm: Comm | None = None,
+) -> list[str]:
+    """Continue `prompt` with the newest checkpoint of the run folder `run`; one text a sample.
+
+    temperature: divides the logits. top_k: sample from the k likeliest tokens (0: all). top_p:
+    sample from the likeliest tokens that hold this probability together (1: all). greedy: always
+    take the likeliest token. The same seed gives the same text on any number of ranks.
+    comm: the ranks that share the work, by default all ranks. Collective.
+    """
+    from mpillm.parallel.launch import choose_threads, start
+
+    comm = start() if comm is None else comm
+    choose_threads(0, comm)
+
+    from mpillm.inference import engine
+
+    return engine.generate(
+        Path(run),
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_samples=num_samples,
+        seed=seed,
+        greedy=greedy,
+        comm=comm,
+    )

@@ -1,0 +1,1 @@
+"""Sharded HDF5 checkpoints that any layout can load."""
