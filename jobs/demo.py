@@ -48,7 +48,7 @@ def main(run: Path) -> int:
     print("\nwhere everything is")
     for name, text in places.items():
         if (run / name).exists():
-            print(f"  {str(run / name):<28}{text}")
+            print(f"  {run / name!s:<28}{text}")
     if network >= trigram:
         print("\nthe network is no better than the trigram model")
         return 1

@@ -193,9 +193,9 @@ class Ops:
         p = self._attention_scores(q, k, scale)
         # A row that sees no key has lse -inf; +inf makes all its probabilities 0.
         p -= xp.where(xp.isfinite(lse), lse, xp.inf)[..., None]
+        if mask is not None:  # before exp: a hidden score may be larger than any that was seen
+            p = xp.where(mask, p, -xp.inf)
         xp.exp(p, out=p)
-        if mask is not None:
-            p *= mask
         dp = self._per_key_head(d_out, g, self.matmul, v.swapaxes(-1, -2))
         dropped = p
         if drop > 0.0:
@@ -270,9 +270,14 @@ class Ops:
         """Add every row of dy (..., d) to the row of `grad_vd` that it was read from."""
         xp = self.xp
         v, d = grad_vd.shape
+        if v == 0:
+            return
         local = ids.reshape(-1) - first
         inside = (local >= 0) & (local < v)
-        xp.add.at(grad_vd, local[inside], dy.reshape(-1, d)[inside])
+        # Rows of other ranks add zeros to row 0: selecting them would make a device tell the host
+        # how many there are.
+        rows_nd = dy.reshape(-1, d) * inside[:, None]
+        xp.add.at(grad_vd, xp.where(inside, local, 0), rows_nd)
 
     # -- cross-entropy over a slice of the vocabulary --------------------------------------------
 

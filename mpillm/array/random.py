@@ -99,8 +99,8 @@ class KeyedRandom:
         x = counters.astype(u) * u(0x9E3779B9) + low
         x ^= x >> u(16)
         x *= u(0x7FEB352D)
-        x ^= x >> u(15)
         x += high
+        x ^= x >> u(15)
         x *= u(0x846CA68B)
         x ^= x >> u(16)
         return x

@@ -35,9 +35,10 @@ def prepare(folder: Path, step: int, needed: int) -> None:
 
     needed: bytes of all ranks' elements. Raises UserError when they do not fit.
     """
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        sync(folder.parent)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        sync(path.parent)
     for path in folder.glob(".tmp-*"):
         discard(path)
     _drop_replaced(folder)

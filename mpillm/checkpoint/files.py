@@ -64,11 +64,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def file_size(path: Path) -> int:
-    """Size in bytes of a regular file. Raises Damaged for anything else, links included."""
+    """Size in bytes of a regular file. Raises UserError for anything else, links included."""
     try:
         status = path.lstat()
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise Damaged(f"{path} is not a regular file; links and devices are not followed")
     return status.st_size

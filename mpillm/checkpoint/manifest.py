@@ -170,7 +170,11 @@ def read_manifest(folder: Path) -> Manifest:
     size = file_size(path)
     if size > _MAX_BYTES:
         raise Damaged(f"{path} is damaged: {size} bytes; a manifest has at most {_MAX_BYTES}")
-    manifest = decode(path.read_bytes(), path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    manifest = decode(raw, path)
     step = step_of(folder.name)
     if step is not None and step != manifest.step:
         raise Damaged(f"{path} is that of step {manifest.step}, not of the folder it lies in")

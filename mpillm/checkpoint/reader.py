@@ -167,17 +167,17 @@ class Checkpoint:
 
     def check(self, array: Array, piece: Piece) -> None:
         """Read a piece whole. Raises Damaged if it is not what the manifest says."""
-        self._pour(array, piece, [])
+        self._pour(array, piece, None)
 
     def _pour(
-        self, array: Array, piece: Piece, targets: list[tuple[Shard, npt.NDArray[Any]]]
+        self, array: Array, piece: Piece, targets: list[tuple[Shard, npt.NDArray[Any]]] | None
     ) -> int:
         """Copy what targets share with a piece into them; returns the number of elements.
 
-        Without targets the piece is only checked.
+        With None instead of targets the piece is only checked.
         """
         hyperslab = array.shard(piece)
-        if targets and not any(
+        if targets is not None and not any(
             box.overlap(target)
             for box, _ in _boxes(hyperslab, *piece.flat)
             for target, _ in targets
@@ -190,7 +190,7 @@ class Checkpoint:
         try:
             dataset = _find(file.handle, piece, DTYPES[array.dtype], where)
             for box, at in _blocks(hyperslab, *piece.flat):
-                shared = [(target, out, box.overlap(target)) for target, out in targets]
+                shared = [(target, out, box.overlap(target)) for target, out in targets or ()]
                 if checked and not any(common for _, _, common in shared):
                     continue
                 part = slice(at, at + box.size) if piece.range else hyperslab.locate(box)
@@ -252,7 +252,7 @@ def _open(path: Path, file: File) -> h5py.File:
     try:
         handle = h5py.File(path, "r", driver="sec2", locking="best-effort")
     except _HDF5_ERRORS as error:
-        raise Damaged(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        raise Damaged(f"{path} is not readable HDF5: {' '.join(str(error).split())}") from None
     if not os.path.samestat(os.fstat(handle.id.get_vfd_handle()), path.lstat()):
         handle.close()
         raise Damaged(f"{path} was replaced while it was opened")

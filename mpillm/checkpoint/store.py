@@ -11,7 +11,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ import h5py
 import msgspec
 import numpy as np
 
+from mpillm import __version__
 from mpillm.checkpoint.commit import commit, discard, prepare, retire, temporary_folder
 from mpillm.checkpoint.files import latest, list_checkpoints, step_name
 from mpillm.checkpoint.manifest import Array, File, Manifest, Piece
@@ -166,12 +166,8 @@ def _reason(error: OSError | UserError) -> str:
 
 
 def _versions() -> dict[str, str]:
-    try:
-        own = metadata.version("mpillm")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        own = "unknown"
     return {
-        "mpillm": own,
+        "mpillm": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "h5py": h5py.__version__,

@@ -152,7 +152,7 @@ def _facts(path: Path, manifest: Manifest) -> list[str]:
 
 
 def _bytes(array: Array) -> int:
-    return array.size * DTYPES[array.dtype].itemsize
+    return int(array.size * DTYPES[array.dtype].itemsize)
 
 
 def _human(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -65,30 +66,38 @@ class Model:
 def partition(costs: tuple[float, ...], stages: int) -> list[tuple[int, int]]:
     """Cut a list into `stages` runs, none empty, so that the largest sum of costs is smallest.
 
-    Of several such cuts, the one whose later stages are the lighter: the first stages hold more
-    micro-batches in flight, but the last one also computes the loss. Returns (start, stop) pairs.
+    Of all such cuts the most even one, whose sums have the least sum of squares. Returns (start,
+    stop) pairs. ValueError when there are fewer items than stages.
 
     >>> partition((1.0, 4.0, 4.0, 4.0, 2.0), 2)
     [(0, 3), (3, 5)]
     """
     if not 1 <= stages <= len(costs):
         raise ValueError(f"{len(costs)} layers cannot be cut into {stages} stages")
-
     before = (0.0, *accumulate(costs))
 
-    @cache
-    def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """Largest stage cost and ends of the best cut of costs[start:] into `left` stages."""
-        if left == 1:
-            return before[-1] - before[start], (len(costs),)
-        choices = []
-        for stop in range(len(costs) - left + 1, start, -1):
-            rest, ends = best(stop, left - 1)
-            choices.append((max(before[stop] - before[start], rest), (stop, *ends)))
-        return min(choices, key=lambda choice: choice[0])
+    def cut(combine: Callable[[float, float], float], limit: float) -> tuple[float, list[int]]:
+        """Least combined cost of cutting all of the list, no stage above `limit`; the ends."""
 
-    ends = best(0, stages)[1]
-    return list(zip((0, *ends[:-1]), ends, strict=True))
+        @cache
+        def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
+            if left == 0:
+                return (0.0, ()) if start == len(costs) else (math.inf, ())
+            found: tuple[float, tuple[int, ...]] = (math.inf, ())
+            for stop in range(start + 1, len(costs) - left + 2):
+                own = before[stop] - before[start]
+                if own > limit:
+                    break
+                rest, ends = best(stop, left - 1)
+                found = min(found, (combine(own, rest), (stop, *ends)), key=lambda one: one[0])
+            return found
+
+        value, ends = best(0, stages)
+        return value, list(ends)
+
+    largest, _ = cut(max, math.inf)
+    _, ends = cut(lambda own, rest: own * own + rest, largest)
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def build_stage(model: Model, backend: Backend, mesh: Mesh, dtype: Any, seed: int | None) -> Stage:

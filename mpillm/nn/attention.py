@@ -27,7 +27,10 @@ class KeyValueCache:
 
     def extend(self, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """Append k and v (b, g, t, e); returns all keys, all values and their indices so far."""
-        start, self.length = self.length, self.length + k.shape[2]
+        start, stop = self.length, self.length + k.shape[2]
+        if stop > self._index.size:
+            raise ValueError(f"{stop} tokens in a cache of {self._index.size}")
+        self.length = stop
         self._keys[:, :, start : self.length] = k
         self._values[:, :, start : self.length] = v
         filled = slice(0, self.length)
