@@ -330,6 +330,5 @@ def test_the_strict_backend_trains_as_numpy_does(
     for to_host, to_device in copies:
         # Up: tokens, labels, mask and sample numbers of each micro-batch.
         assert to_device == 4 * micros
-        # Down: the losses of the step and its gradient norm; and two for each of the two tables of
-        # a micro-batch, whose gradients are added to the rows inside a shard: how many there are.
+        # Down: the losses of the step and its gradient norm.
         assert to_host <= 2
