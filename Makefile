@@ -82,7 +82,7 @@ $(VENV)/installed: pyproject.toml
 	    { echo "$(PYTHON) is older than Python 3.10; choose one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	    { echo "$(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)"; exit 1; }
-	@echo "installing into $(VENV), once"
+	@echo "installing into $(VENV), once$(if $(BUILD), (building mpi4py takes minutes))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(BUILD) --editable '.[$(WHEELS)]'
 	@touch $@

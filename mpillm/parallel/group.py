@@ -12,20 +12,22 @@ library nor on an element's place in the array. Sums of 16-bit floats accumulate
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from mpi4py import MPI
 
 from mpillm.array.backend import Array, Backend
+from mpillm.parallel.buffers import cut, is_half, offsets, pack, runs, unpack
 from mpillm.parallel.recorder import Recorder
+from mpillm.parallel.request import Request, Steps
 from mpillm.parallel.shard import split_range
 
-__all__ = ["Group", "Request", "pairwise_sum"]
+__all__ = ["Group", "pairwise_sum"]
 
 Op = Literal["sum", "max", "min"]
-Steps = Generator["MPI.Request | None", None, None]
 
 # Bytes in one MPI message at most: counts are 32-bit integers in many libraries.
 MESSAGE_LIMIT = 1 << 30
@@ -53,36 +55,6 @@ def pairwise_sum(parts: Sequence[Any]) -> Any:
     return pairwise_sum(parts[:half]) + pairwise_sum(parts[half:])
 
 
-class Request:
-    """A call under way. `test` makes progress and tells whether it is complete; `wait` waits."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-        self._pending: MPI.Request | None = None
-        self.done = False
-        self._advance()
-
-    def _advance(self) -> None:
-        for request in self._steps:
-            if request is not None and not request.Test():
-                self._pending = request
-                return
-        self._pending = None
-        self.done = True
-
-    def test(self) -> bool:
-        """Whether the call is complete; also lets MPI progress."""
-        if self._pending is not None and self._pending.Test():
-            self._advance()
-        return self.done
-
-    def wait(self) -> None:
-        """Block until the call is complete."""
-        while self._pending is not None:
-            self._pending.Wait()
-            self._advance()
-
-
 class Group:
     """The ranks along one axis of the mesh."""
 
@@ -103,6 +75,7 @@ class Group:
         self._recorder = recorder
         self._reduction = reduction
         self._limit = message_limit
+        self._under_way: deque[Request] = deque()
 
     def free(self) -> None:
         """Give the communicator back to MPI."""
@@ -113,65 +86,63 @@ class Group:
 
     def allreduce(self, x: Array, op: Op = "sum") -> Array:
         """Sum (or maximum, minimum) over the ranks, in place of `x`, any shape. Returns `x`."""
-        _run(self._allreduce(x, op, wait=True))
+        self._run(self._allreduce(x, op, wait=True))
         return x
 
     def iallreduce(self, x: Array, op: Op = "sum") -> Request:
         """`allreduce` under way; `x` must be left alone until it is complete."""
-        return Request(self._allreduce(x, op, wait=False))
+        return Request(self._allreduce(x, op, wait=False), self._under_way)
 
     def reduce_scatter(self, x: Array, out: Array) -> Array:
         """This rank's slice of the sum over the ranks of the flat array `x`, written to `out`.
 
         Slices follow `split_range(x.size, size, rank)`. `x` is left as it was.
         """
-        _run(self._reduce_scatter(x, out, wait=True))
+        self._run(self._reduce_scatter(x, out, wait=True))
         return out
 
     def ireduce_scatter(self, x: Array, out: Array) -> Request:
         """`reduce_scatter` under way."""
-        return Request(self._reduce_scatter(x, out, wait=False))
+        return Request(self._reduce_scatter(x, out, wait=False), self._under_way)
 
     def allgather(self, part: Array, out: Array, counts: Sequence[int] | None = None) -> Array:
         """The ranks' flat parts one after another in the flat array `out`.
 
         Rank r gives `counts[r]` elements; by default its share by `split_range(out.size, ...)`.
         """
-        _run(self._allgather(part, out, counts, wait=True))
+        self._run(self._allgather(part, out, counts, wait=True))
         return out
 
     def iallgather(self, part: Array, out: Array, counts: Sequence[int] | None = None) -> Request:
         """`allgather` under way."""
-        return Request(self._allgather(part, out, counts, wait=False))
+        return Request(self._allgather(part, out, counts, wait=False), self._under_way)
 
     def alltoall(
         self, x: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]
     ) -> Array:
         """Send `counts[r]` elements of the flat array `x` to rank r, receive `out_counts[r]`."""
-        _run(self._alltoall(x, counts, out, out_counts, wait=True))
+        self._run(self._alltoall(x, counts, out, out_counts, wait=True))
         return out
 
     def ialltoall(
         self, x: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]
     ) -> Request:
         """`alltoall` under way."""
-        return Request(self._alltoall(x, counts, out, out_counts, wait=False))
+        return Request(self._alltoall(x, counts, out, out_counts, wait=False), self._under_way)
 
     def broadcast(self, x: Array, root: int = 0) -> Array:
         """The root's `x` on all ranks, in place."""
-        _run(self._broadcast(x, root, wait=True))
+        self._run(self._broadcast(x, root, wait=True))
         return x
 
     def ibroadcast(self, x: Array, root: int = 0) -> Request:
         """`broadcast` under way."""
-        return Request(self._broadcast(x, root, wait=False))
+        return Request(self._broadcast(x, root, wait=False), self._under_way)
 
     def barrier(self) -> None:
         """Wait until every rank of the group has come here."""
         if self.size > 1:
-            entry = self._recorder.begin(self.axis, "barrier", 0)
-            self._comm.Barrier()
-            self._recorder.end(entry)
+            self._recorded("barrier", self._comm.Barrier)
 
     # -- messages --------------------------------------------------------------------------------
 
@@ -186,34 +157,57 @@ class Group:
 
     def isend(self, x: Array, peer: int, tag: int = 0) -> Request:
         """`send` under way; `x` must be left alone until it is complete."""
-        return Request(self._message("send", x, peer, tag))
+        return Request(self._message("send", x, peer, tag), deque())
 
     def irecv(self, x: Array, peer: int, tag: int = 0) -> Request:
         """`recv` under way."""
-        return Request(self._message("recv", x, peer, tag))
+        return Request(self._message("recv", x, peer, tag), deque())
 
     # -- objects, for setting up -------------------------------------------------------------------
 
     def gather_objects(self, item: Any) -> list[Any] | None:
         """Every rank's object on rank 0, None elsewhere. Pickled: not for a hot path."""
-        gathered: list[Any] | None = self._comm.gather(item)
+        gathered: list[Any] | None = self._recorded("gather", self._comm.gather, item)
         return gathered
 
     def allgather_objects(self, item: Any) -> list[Any]:
         """Every rank's object everywhere. Pickled: not for a hot path."""
-        gathered: list[Any] = self._comm.allgather(item)
+        gathered: list[Any] = self._recorded("allgather", self._comm.allgather, item)
         return gathered
 
     def broadcast_object(self, item: Any) -> Any:
         """Rank 0's object everywhere. Pickled: not for a hot path."""
-        return self._comm.bcast(item)
+        return self._recorded("broadcast", self._comm.bcast, item)
 
     # -- how it is done ----------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Complete the collectives under way, which come before the next one on every rank."""
+        if self._under_way:
+            self._under_way[-1].wait()
+
+    def _run(self, steps: Steps) -> None:
+        """Run a call whose steps all block."""
+        self._finish()
+        for _ in steps:
+            pass
+
+    def _recorded(self, op: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """A blocking call that carries no array."""
+        self._finish()
+        entry = self._recorder.begin(self.axis, op, 0)
+        result = call(*arguments)
+        self._recorder.end(entry)
+        return result
 
     def _stage(self, x: Array) -> np.ndarray:
         """A flat host array with the contents of `x`: a view of it where that is possible."""
         self._backend.synchronize()
         return np.ascontiguousarray(self._backend.to_host(x)).reshape(-1)
+
+    def _room(self, x: Array) -> np.ndarray:
+        """A flat host array for what is to be put into all of `x`, which itself is not copied."""
+        return self._stage(x) if self._backend.on_host else np.empty(x.size, dtype=x.dtype)
 
     def _unstage(self, host: np.ndarray, x: Array) -> None:
         """Put the contents of `host` into `x`, unless they are there already."""
@@ -251,36 +245,41 @@ class Group:
 
         longest: the largest count of any rank, so that all go round equally often.
         """
-        starts, out_starts = _offsets(counts), _offsets(out_counts)
         stride = max(1, self._limit // (x.itemsize * self.size))
+        if longest <= stride:
+            yield self._call("Alltoallv", wait, runs(x, counts), runs(out, out_counts))
+            return
+        starts, out_starts = offsets(counts), offsets(out_counts)
         for low in range(0, longest, stride):
-            yield self._call(
-                "Alltoallv",
-                wait,
-                _bytes(x, counts, starts, low, stride),
-                _bytes(out, out_counts, out_starts, low, stride),
-            )
+            # Packed, as displacements are 32-bit integers too.
+            sizes, out_sizes = cut(counts, low, stride), cut(out_counts, low, stride)
+            packed = pack(x, starts, sizes, low)
+            arrived = np.empty(sum(out_sizes), dtype=out.dtype)
+            yield self._call("Alltoallv", wait, runs(packed, sizes), runs(arrived, out_sizes))
+            unpack(arrived, out, out_starts, out_sizes, low)
 
     def _collect(
         self, part: np.ndarray, out: np.ndarray, counts: Sequence[int], wait: bool
     ) -> Steps:
         """Allgatherv of raw bytes; the counts are known everywhere."""
-        starts = _offsets(counts)
         stride = max(1, self._limit // (out.itemsize * self.size))
-        for low in range(0, max(counts), stride):
-            mine = part[low : low + stride]
-            yield self._call(
-                "Allgatherv",
-                wait,
-                [mine.view(np.uint8), MPI.BYTE],
-                _bytes(out, counts, starts, low, stride),
-            )
+        longest = max(counts)
+        if longest <= stride:
+            yield self._call("Allgatherv", wait, [part.view(np.uint8), MPI.BYTE], runs(out, counts))
+            return
+        starts = offsets(counts)
+        for low in range(0, longest, stride):
+            sizes = cut(counts, low, stride)
+            mine = part[low : low + stride].view(np.uint8)
+            arrived = np.empty(sum(sizes), dtype=out.dtype)
+            yield self._call("Allgatherv", wait, [mine, MPI.BYTE], runs(arrived, sizes))
+            unpack(arrived, out, starts, sizes, low)
 
     def _sum(self, parts: np.ndarray) -> np.ndarray:
         """Pairwise sum over the first axis; 16-bit floats accumulate in float32."""
-        if parts.dtype.itemsize == 2:
-            narrow = pairwise_sum(list(parts.astype(np.float32))).astype(parts.dtype)
-            return np.asarray(narrow)
+        if is_half(parts.dtype):
+            with np.errstate(over="ignore"):  # a sum beyond the type is infinite
+                return np.asarray(pairwise_sum(list(parts.astype(np.float32))).astype(parts.dtype))
         return np.asarray(pairwise_sum(list(parts)))
 
     def _allreduce(self, x: Array, op: Op, wait: bool) -> Steps:
@@ -290,7 +289,7 @@ class Group:
         host = self._stage(x)
         if op == "sum" and self._reduction == "ordered":
             yield from self._ordered_sum(host, wait)
-        elif host.dtype.itemsize == 2:
+        elif is_half(host.dtype):
             wide = host.astype(np.float32)
             yield from self._library(wide, op, wait)
             host = wide.astype(host.dtype)
@@ -324,17 +323,18 @@ class Group:
         mine[...] = self._sum(parts)
 
     def _reduce_scatter(self, x: Array, out: Array, wait: bool) -> Steps:
+        start, stop = split_range(x.size, self.size, self.rank)
+        _check(out, stop - start, "out", x.dtype)
         if self.size == 1:
             out[...] = x
             return
         entry = self._recorder.begin(self.axis, "reduce_scatter", x.nbytes)
         host = self._stage(x)
-        start, stop = split_range(host.size, self.size, self.rank)
         if self._reduction == "ordered":
             mine = np.empty(stop - start, dtype=host.dtype)
             yield from self._ordered_slice(host, mine, wait)
         else:
-            total = host.astype(np.float32 if host.dtype.itemsize == 2 else host.dtype)
+            total = host.astype(np.float32 if is_half(host.dtype) else host.dtype)
             yield from self._library(total, "sum", wait)
             mine = total[start:stop].astype(host.dtype)
         self._unstage(mine, out)
@@ -343,13 +343,18 @@ class Group:
     def _allgather(
         self, part: Array, out: Array, counts: Sequence[int] | None, wait: bool
     ) -> Steps:
+        shares = self._shares(out.size) if counts is None else counts
+        _check(part, shares[self.rank], "part")
+        _check(out, sum(shares), "out", part.dtype)
         if self.size == 1:
-            out[...] = part.reshape(out.shape)
+            out[...] = part
             return
         entry = self._recorder.begin(self.axis, "allgather", out.nbytes)
-        host = self._stage(out)
-        shares = self._shares(host.size) if counts is None else counts
-        yield from self._collect(self._stage(part), host, shares, wait)
+        host = self._room(out)
+        mine = self._stage(part)
+        if np.may_share_memory(mine, host):  # a slice of `out`: MPI's buffers must not overlap
+            mine = mine.copy()
+        yield from self._collect(mine, host, shares, wait)
         self._unstage(host, out)
         self._recorder.end(entry)
 
@@ -361,11 +366,13 @@ class Group:
         out_counts: Sequence[int],
         wait: bool,
     ) -> Steps:
+        _check(x, sum(counts), "x")
+        _check(out, sum(out_counts), "out", x.dtype)
         if self.size == 1:
             out[...] = x
             return
         entry = self._recorder.begin(self.axis, "alltoall", x.nbytes)
-        host = self._stage(out)
+        host = self._room(out)
         longest = np.array([max(*counts, *out_counts)], dtype=np.int64)
         yield self._call("Allreduce", wait, MPI.IN_PLACE, longest, MPI.MAX)
         yield from self._exchange(self._stage(x), counts, host, out_counts, int(longest[0]), wait)
@@ -376,45 +383,30 @@ class Group:
         if self.size == 1 or x.size == 0:
             return
         entry = self._recorder.begin(self.axis, "broadcast", x.nbytes)
-        host = self._stage(x)
+        host = self._stage(x) if self.rank == root else self._room(x)
         raw = host.view(np.uint8)
         for a, b in self._pieces(raw.size, 1):
             yield self._call("Bcast", wait, [raw[a:b], MPI.BYTE], root)
-        self._unstage(host, x)
+        if self.rank != root:
+            self._unstage(host, x)
         self._recorder.end(entry)
 
     def _message(self, what: Literal["send", "recv"], x: Array, peer: int, tag: int) -> Steps:
         entry = self._recorder.begin(self.axis, what, x.nbytes, peer)
-        host = self._stage(x)
+        host = self._stage(x) if what == "send" else self._room(x)
         raw = host.view(np.uint8)
         call = self._comm.Isend if what == "send" else self._comm.Irecv
-        for a, b in self._pieces(raw.size, 1):
-            yield call([raw[a:b], MPI.BYTE], peer, tag)
+        # All at once: MPI keeps the order of what is posted under one tag, and the pieces of
+        # another message must not come between them.
+        pieces = self._pieces(raw.size, 1)
+        yield from [call([raw[a:b], MPI.BYTE], peer, tag) for a, b in pieces]
         if what == "recv":
             self._unstage(host, x)
         self._recorder.end(entry)
 
 
-def _run(steps: Steps) -> None:
-    """Run a call whose steps all block."""
-    for _ in steps:
-        pass
-
-
-def _offsets(counts: Sequence[int]) -> list[int]:
-    """Where each run begins when runs of these lengths lie one after another."""
-    starts, total = [], 0
-    for count in counts:
-        starts.append(total)
-        total += count
-    return starts
-
-
-def _bytes(
-    x: np.ndarray, counts: Sequence[int], starts: Sequence[int], low: int, stride: int
-) -> list[Any]:
-    """What mpi4py needs to move elements [low, low + stride) of each run of a flat array."""
-    item = x.itemsize
-    lengths = [item * max(0, min(count - low, stride)) for count in counts]
-    places = [item * (start + min(low, count)) for start, count in zip(starts, counts, strict=True)]
-    return [x.view(np.uint8), (lengths, places), MPI.BYTE]
+def _check(x: Array, size: int, name: str, dtype: Any = None) -> None:
+    """ValueError for a buffer of another size or dtype: MPI moves bytes and would not notice."""
+    if x.size != size or (dtype is not None and x.dtype != dtype):
+        expected = f"{size} elements" + ("" if dtype is None else f" of {dtype}")
+        raise ValueError(f"{name} has {x.size} elements of {x.dtype}, expected {expected}")

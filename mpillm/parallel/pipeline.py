@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mpillm.array.backend import Backend
-from mpillm.parallel.group import Group, Request
+from mpillm.parallel.group import Group
 from mpillm.parallel.programs import (
     Compute,
     Direction,
@@ -16,6 +16,7 @@ from mpillm.parallel.programs import (
     Send,
     Wait,
 )
+from mpillm.parallel.request import Request
 from mpillm.parallel.schedules import Action, Kind
 
 __all__ = ["Executor", "PipelineStage"]

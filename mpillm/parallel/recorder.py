@@ -15,11 +15,13 @@ import numpy as np
 
 __all__ = ["RECORD", "Entry", "Recorder", "Traffic"]
 
-# One call. `sequence` counts the calls of one operation kind on one axis (collectives together,
-# messages by direction and peer apart), so that it means the same on every rank; `end` is 0 while
-# the call is under way; times are seconds since the epoch.
+# One call. `number` counts this rank's calls from 1, 0 marks an unused record; `sequence` counts
+# the calls of one operation kind on one axis (collectives together, messages by direction and peer
+# apart), so that it means the same on every rank; `end` is 0 while the call is under way; times are
+# seconds since the epoch.
 RECORD = np.dtype(
     [
+        ("number", "<u8"),
         ("sequence", "<u8"),
         ("axis", "S15"),
         ("op", "S15"),
@@ -44,7 +46,7 @@ class Traffic:
 class Entry:
     """A call that has begun."""
 
-    slot: int
+    number: int
     axis: str
     op: str
     begin: float
@@ -69,20 +71,28 @@ class Recorder:
         key = (axis, op if peer >= 0 else "", peer)
         sequence = self._sequences.get(key, 0)
         self._sequences[key] = sequence + 1
-        slot = self._count % len(self._ring)
-        self._count += 1
+        number, self._count = self._count, self._count + 1
         now = time.time()
-        self._ring[slot] = (sequence, axis, op, peer, nbytes, now, 0.0)
+        self._ring[number % len(self._ring)] = (
+            self._count,
+            sequence,
+            axis,
+            op,
+            peer,
+            nbytes,
+            now,
+            0.0,
+        )
         total = self.traffic.setdefault((axis, op), Traffic())
         total.calls += 1
         total.bytes += nbytes
-        return Entry(slot, axis, op, now)
+        return Entry(number, axis, op, now)
 
     def end(self, entry: Entry) -> None:
         """Note that the call is complete."""
         now = time.time()
-        if self._ring[entry.slot]["begin"] == entry.begin:  # else the ring has come round
-            self._ring[entry.slot]["end"] = now
+        if self._count - entry.number <= len(self._ring):  # else the ring has come round
+            self._ring[entry.number % len(self._ring)]["end"] = now
         self.traffic[entry.axis, entry.op].seconds += now - entry.begin
 
     def last(self, count: int | None = None) -> np.ndarray:

@@ -26,5 +26,8 @@ class ParallelSettings(Section, frozen=True, kw_only=True):
     ] = "1f1b"
     reduction: Annotated[
         Literal["ordered", "library"],
-        Meta(description="how sums over ranks are formed: a fixed pairwise tree, or MPI's own"),
+        Meta(
+            description="how sums over ranks are formed: ordered, by a fixed tree; library, as MPI "
+            "likes, with no promise of the same bits twice"
+        ),
     ] = "ordered"

@@ -32,15 +32,15 @@ class TreeSum:
         self._levels: list[Array | None] = []
 
     def add(self, x: Array) -> None:
-        """Add the next array, which is copied."""
-        x = x.copy()
+        """Add the next array, which may be overwritten afterwards."""
+        carried = False  # whether x is an array of our own
         for level, held in enumerate(self._levels):
             if held is None:
-                self._levels[level] = x
+                self._levels[level] = x if carried else x.copy()
                 return
             held += x
-            x, self._levels[level] = held, None
-        self._levels.append(x)
+            x, carried, self._levels[level] = held, True, None
+        self._levels.append(x if carried else x.copy())
 
     def result(self) -> Array:
         """The sum; at least one array must have been added."""
@@ -95,6 +95,7 @@ class Gradients:
         """
         for arena, tree in self._trees.items():
             arena.grads[...] = tree.result()
+        self._trees = {}
         for stage in self._stages:
             for arena in stage.store.arenas:
                 if self._deterministic:

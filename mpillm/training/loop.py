@@ -72,9 +72,13 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
         t = config.train
         loader = Loader(train_text, t.sequence_length, t.batch_size, t.micro_batch_size, t.seed)
         trainer = Trainer(model, t, config.optimizer, mesh, backend, loader)
-    run = _Run(config, comm, mesh, trainer, tokens, prepared)
-    run.restore()
-    result = run.go()
+    try:
+        run = _Run(config, comm, mesh, trainer, tokens, prepared)
+        run.restore()
+        result = run.go()
+    except UserError:  # raised by all ranks alike; another exception must not wait for them here
+        mesh.free()
+        raise
     mesh.free()
     return result
 

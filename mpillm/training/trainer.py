@@ -20,7 +20,7 @@ from mpillm.nn.param import Param
 from mpillm.parallel.group import pairwise_sum
 from mpillm.parallel.mesh import Mesh
 from mpillm.parallel.pipeline import Executor
-from mpillm.parallel.programs import lower, validate
+from mpillm.parallel.programs import Program, lower, validate
 from mpillm.parallel.schedules import SCHEDULES, forward_only
 from mpillm.training.gradients import Gradients
 from mpillm.training.learning_rate import learning_rate
@@ -50,13 +50,22 @@ def resolve_batch(settings: TrainSettings, data_ranks: int) -> TrainSettings:
     """
     micro = settings.micro_batch_size or -(-settings.batch_size // data_ranks)
     settings = replace(settings, micro_batch_size=min(micro, settings.batch_size))
-    rounds = _micros_a_rank(settings, data_ranks)
-    if settings.deterministic and data_ranks > 1 and rounds & (rounds - 1):
-        raise UserError(
-            f"train.deterministic: {settings.batch_size} sequences in micro-batches of "
-            f"{settings.micro_batch_size} over {data_ranks} data ranks make {rounds} micro-batches "
-            "a rank, which must be a power of two; change train.micro_batch_size"
-        )
+    if settings.deterministic and data_ranks > 1:
+
+        def fits(size: int) -> bool:
+            rounds = _micros_a_rank(replace(settings, micro_batch_size=size), data_ranks)
+            return rounds & (rounds - 1) == 0
+
+        size = settings.micro_batch_size
+        if not fits(size):
+            # The whole batch in one micro-batch always fits.
+            near = min(filter(fits, range(1, settings.batch_size + 1)), key=lambda m: abs(m - size))
+            raise UserError(
+                f"train.deterministic: {settings.batch_size} sequences in micro-batches of {size} "
+                f"over {data_ranks} data ranks make {_micros_a_rank(settings, data_ranks)} "
+                "micro-batches a rank, which must be a power of two; the nearest that fits is "
+                f"train.micro_batch_size = {near}"
+            )
     return settings
 
 
@@ -97,6 +106,7 @@ class Trainer:
         programs = lower(SCHEDULES[mesh.layout.schedule](stages, self._micros, chunks), chunks)
         validate(programs, ranks=stages, micros=self._micros, chunks=chunks)
         self._program = programs[mesh.pipe.rank]
+        self._forward_programs: dict[int, Program] = {}
         # Steps done, and sequences that they took from the data, over all ranks.
         self.step_number = 0
         self.samples_consumed = 0
@@ -141,13 +151,20 @@ class Trainer:
         # A few micro-batches a stage at a time: enough to fill the pipeline, few to hold.
         for low in range(0, rounds, 4 * stages):
             count = min(4 * stages, rounds - low)
-            program = lower(forward_only(stages, count, 1), 1)[self._mesh.pipe.rank]
+            program = self._forward_program(count)
             # In round r, rank d has micro-batch r * ranks + d.
             numbers = [r * ranks + self._mesh.batch.rank for r in range(low, low + count)]
             micros = [self._micro(data.micro_batch(j)) for j in numbers]
             outputs = self._executor.run(program, micros)
             losses += self._losses(outputs, count).T.reshape(-1).tolist()
         return float(pairwise_sum(losses)) / data.counted_tokens
+
+    def _forward_program(self, micros: int) -> Program:
+        """This rank's program for `micros` forward passes and nothing else."""
+        if micros not in self._forward_programs:
+            programs = lower(forward_only(self._mesh.pipe.size, micros, 1), 1)
+            self._forward_programs[micros] = programs[self._mesh.pipe.rank]
+        return self._forward_programs[micros]
 
     def state(self) -> Iterator[tuple[str, Param, np.ndarray]]:
         """(kind, parameter, host copy) of all that this rank holds of the training state."""

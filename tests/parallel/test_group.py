@@ -181,7 +181,7 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("op", ["sum", "max"])
 @pytest.mark.parametrize("rows", [12, 2_000])
 def test_allreduce_of_a_view_leaves_the_rest_alone(
-    comm: Any, backend: Backend, view: Callable[[Any], Any], op: str, rows: int
+    comm: Any, backend: Backend, view: Callable[[Any], Any], op: Any, rows: int
 ) -> None:
     every = contributions(comm, (rows, 10), "float64", rows)
     expected = every[comm.rank].copy()
@@ -277,6 +277,18 @@ def test_reduce_scatter_then_allgather_is_allreduce(comm: Any, backend: Backend)
     part = group.reduce_scatter(x, backend.empty((stop - start,), "float32"))
     gathered = group.allgather(part, backend.empty((1_003,), "float32"))
     assert same(gathered, backend.to_host(group.allreduce(x)), backend)
+
+
+def test_each_rank_works_on_its_slice_of_one_array(comm: Any, backend: Backend) -> None:
+    """As an optimizer with sharded states does with gradients and weights."""
+    group = group_of(comm, backend)
+    for size in (11, 20_000):
+        every = contributions(comm, (size,), "float32", size)
+        x = backend.from_host(every[comm.rank].copy())
+        start, stop = split_range(size, comm.size, comm.rank)
+        group.reduce_scatter(x, x[start:stop])
+        group.allgather(x[start:stop], x)
+        assert same(x, reference(every, "sum"), backend)
 
 
 # --- gathering, exchanging, broadcasting ---------------------------------------------------------
@@ -687,10 +699,9 @@ def test_the_recorder_sees_objects_too(comm: Any) -> None:
 def test_a_call_under_way_has_no_end(comm: Any, backend: Backend) -> None:
     recorder = Recorder()
     group = group_of(comm, backend, recorder=recorder)
-    x = backend.zeros((3,), "float32")
-    request = group.irecv(x, comm.rank)
+    request = group.irecv(backend.zeros((3,), "float32"), comm.rank)
     assert recorder.last()["end"].tolist() == [0.0]
     assert not request.test()
-    group.isend(x, comm.rank).wait()
+    group.isend(backend.zeros((3,), "float32"), comm.rank).wait()
     finish(request)
     assert (recorder.last()["end"] > 0).all()

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
+from msgspec import convert
 from msgspec.structs import replace
 
+import mpillm.parallel.mesh as mesh_module
 from mpillm.array.backend import Backend
 from mpillm.errors import UserError
+from mpillm.parallel.group import Group
 from mpillm.parallel.mesh import AXES, Mesh, fit
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
@@ -41,7 +44,7 @@ def layouts(ranks: int) -> list[Sizes]:
 
 
 def settings(sizes: Sizes) -> ParallelSettings:
-    return ParallelSettings(**dict(zip(AXES, sizes, strict=True)))
+    return convert(dict(zip(AXES, sizes, strict=True)), ParallelSettings)
 
 
 def meshes(comm: Any) -> Iterator[tuple[Sizes, Mesh]]:
@@ -103,18 +106,25 @@ def test_groups_sum_over_their_members(world: Any) -> None:
             assert total.tolist() == [group.size, sum(group.allgather_objects(world.rank))], sizes
 
 
-def test_groups_take_the_layouts_reduction_and_the_limit(world: Any) -> None:
-    """Sums of values for which the two reductions differ, and messages of one element."""
-    backend, terms = Backend.create("numpy"), [1.0, 2.0**-53, 2.0**-53]
-    mine = terms[world.rank] if world.rank < 3 else 0.0
-    recorder = Recorder()
-    layout = fit(ParallelSettings(reduction="ordered"), world.size)
+class NotedGroup(Group):
+    """A group that remembers what it was made with."""
+
+    def __init__(self, comm: Any, axis: str, *arguments: Any) -> None:
+        super().__init__(comm, axis, *arguments)
+        self.arguments = arguments
+
+
+@pytest.mark.parametrize("reduction", ["ordered", "library"])
+def test_all_groups_get_what_the_mesh_was_given(
+    world: Any, monkeypatch: pytest.MonkeyPatch, reduction: Any
+) -> None:
+    monkeypatch.setattr(mesh_module, "Group", NotedGroup)
+    backend, recorder = Backend.create("numpy"), Recorder()
+    layout = fit(ParallelSettings(reduction=reduction), world.size)
     mesh = Mesh(world, layout, backend, recorder, message_limit=8)
-    total = mesh.data.allreduce(np.full(3, mine))
-    # A tree: 1 + 2^-53 is 1 again, and the same once more.
-    assert total.tolist() == [1.0] * 3
+    for name in [*GROUPS, "tied"]:
+        assert getattr(mesh, name).arguments == (backend, recorder, reduction, 8)
     mesh.free()
-    assert world.size == 1 or set(recorder.traffic) == {("data", "allreduce")}
 
 
 def test_communicators_are_given_back(world: Any) -> None:
@@ -130,7 +140,7 @@ def test_communicators_are_given_back(world: Any) -> None:
 def test_describe_names_the_axes_that_are_used() -> None:
     def words(**sizes: int) -> str:
         mesh = Mesh.__new__(Mesh)  # the words are of the layout alone
-        mesh.layout = ParallelSettings(**sizes)
+        mesh.layout = convert(sizes, ParallelSettings)
         return mesh.describe()
 
     assert words(data=1) == "1 rank"
@@ -186,5 +196,5 @@ def test_fit_gives_the_data_axis_what_is_left() -> None:
 )
 def test_fit_says_what_does_not_fit(layout: dict[str, int], ranks: int, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        fit(ParallelSettings(**layout), ranks)
+        fit(convert(layout, ParallelSettings), ranks)
     assert str(caught.value) == message

@@ -1,0 +1,55 @@
+"""Calls under way: steps of MPI requests, taken one after another."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+
+from mpi4py import MPI
+
+__all__ = ["Request", "Steps"]
+
+# The MPI requests of a call, each made when the one before it is complete; None for a step that was
+# complete at once.
+Steps = Generator["MPI.Request | None", None, None]
+
+
+class Request:
+    """A call under way. `test` makes progress and tells whether it is complete; `wait` waits.
+
+    The calls of one queue take their steps one after another, in the order in which they were
+    made: MPI pairs a communicator's collectives by their order on each rank, which must not depend
+    on how often a rank has polled. All ranks should complete them in that order, too: unlike MPI's
+    own, a call of several steps goes on only while every rank waits for it or polls.
+    """
+
+    def __init__(self, steps: Steps, queue: deque[Request]) -> None:
+        self._steps = steps
+        self._queue = queue
+        self._pending: MPI.Request | None = MPI.REQUEST_NULL  # complete, so that steps can begin
+        self.done = False
+        queue.append(self)
+        self.test()
+
+    def test(self) -> bool:
+        """Whether the call is complete; also lets MPI progress."""
+        while self._queue and self._queue[0]._advance(wait=False):
+            self._queue.popleft()
+        return self.done
+
+    def wait(self) -> None:
+        """Block until the call, and those before it in its queue, are complete."""
+        while not self.done:
+            self._queue[0]._advance(wait=True)
+            self._queue.popleft()
+
+    def _advance(self, wait: bool) -> bool:
+        """Take the steps that can be taken, or all; whether the call is complete."""
+        while self._pending is not None:
+            if wait:
+                self._pending.Wait()
+            elif not self._pending.Test():
+                return False
+            self._pending = next(self._steps, None)
+        self.done = True
+        return True
