@@ -32,8 +32,9 @@ Op = Literal["sum", "max", "min"]
 # Bytes in one MPI message at most: counts are 32-bit integers in many libraries.
 MESSAGE_LIMIT = 1 << 30
 
-# Below this many bytes in all, an ordered sum gathers every contribution everywhere and adds them
-# there: one call in place of two, the same additions, hence the same bits.
+# Below this many bytes in all, and always between two ranks, who move no more by it, an ordered sum
+# gathers every contribution everywhere and adds them there: one call in place of two, the same
+# additions, hence the same bits.
 _GATHER_LIMIT = 1 << 15
 
 _MPI_OPS: dict[str, MPI.Op] = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
@@ -303,7 +304,7 @@ class Group:
             yield self._call("Allreduce", wait, MPI.IN_PLACE, host[a:b], _MPI_OPS[op])
 
     def _ordered_sum(self, host: np.ndarray, wait: bool) -> Steps:
-        if host.nbytes * self.size <= _GATHER_LIMIT:
+        if self.size == 2 or host.nbytes * self.size <= _GATHER_LIMIT:
             everything = np.empty((self.size, host.size), dtype=host.dtype)
             counts = [host.size] * self.size
             yield from self._collect(host, everything.reshape(-1), counts, wait)
