@@ -201,16 +201,16 @@ class Group:
         self._recorder.end(entry)
         return result
 
-    def _stage(self, x: Array) -> np.ndarray:
+    def _to_host(self, x: Array) -> np.ndarray:
         """A flat host array with the contents of `x`: a view of it where that is possible."""
         self._backend.synchronize()
         return np.ascontiguousarray(self._backend.to_host(x)).reshape(-1)
 
     def _room(self, x: Array) -> np.ndarray:
         """A flat host array for what is to be put into all of `x`, which itself is not copied."""
-        return self._stage(x) if self._backend.on_host else np.empty(x.size, dtype=x.dtype)
+        return self._to_host(x) if self._backend.on_host else np.empty(x.size, dtype=x.dtype)
 
-    def _unstage(self, host: np.ndarray, x: Array) -> None:
+    def _put_back(self, host: np.ndarray, x: Array) -> None:
         """Put the contents of `host` into `x`, unless they are there already."""
         if self._backend.on_host and np.may_share_memory(host, x):
             return
@@ -287,7 +287,7 @@ class Group:
         if self.size == 1 or x.size == 0:
             return
         entry = self._recorder.begin(self.axis, "allreduce", x.nbytes)
-        host = self._stage(x)
+        host = self._to_host(x)
         if op == "sum" and self._reduction == "ordered":
             yield from self._ordered_sum(host, wait)
         elif is_half(host.dtype):
@@ -296,7 +296,7 @@ class Group:
             host = wide.astype(host.dtype)
         else:
             yield from self._library(host, op, wait)
-        self._unstage(host, x)
+        self._put_back(host, x)
         self._recorder.end(entry)
 
     def _library(self, host: np.ndarray, op: Op, wait: bool) -> Steps:
@@ -330,7 +330,7 @@ class Group:
             out[...] = x
             return
         entry = self._recorder.begin(self.axis, "reduce_scatter", x.nbytes)
-        host = self._stage(x)
+        host = self._to_host(x)
         if self._reduction == "ordered":
             mine = np.empty(stop - start, dtype=host.dtype)
             yield from self._ordered_slice(host, mine, wait)
@@ -338,7 +338,7 @@ class Group:
             total = host.astype(np.float32 if is_half(host.dtype) else host.dtype)
             yield from self._library(total, "sum", wait)
             mine = total[start:stop].astype(host.dtype)
-        self._unstage(mine, out)
+        self._put_back(mine, out)
         self._recorder.end(entry)
 
     def _allgather(
@@ -352,11 +352,11 @@ class Group:
             return
         entry = self._recorder.begin(self.axis, "allgather", out.nbytes)
         host = self._room(out)
-        mine = self._stage(part)
+        mine = self._to_host(part)
         if np.may_share_memory(mine, host):  # a slice of `out`: MPI's buffers must not overlap
             mine = mine.copy()
         yield from self._collect(mine, host, shares, wait)
-        self._unstage(host, out)
+        self._put_back(host, out)
         self._recorder.end(entry)
 
     def _alltoall(
@@ -376,25 +376,25 @@ class Group:
         host = self._room(out)
         longest = np.array([max(*counts, *out_counts)], dtype=np.int64)
         yield self._call("Allreduce", wait, MPI.IN_PLACE, longest, MPI.MAX)
-        yield from self._exchange(self._stage(x), counts, host, out_counts, int(longest[0]), wait)
-        self._unstage(host, out)
+        yield from self._exchange(self._to_host(x), counts, host, out_counts, int(longest[0]), wait)
+        self._put_back(host, out)
         self._recorder.end(entry)
 
     def _broadcast(self, x: Array, root: int, wait: bool) -> Steps:
         if self.size == 1 or x.size == 0:
             return
         entry = self._recorder.begin(self.axis, "broadcast", x.nbytes)
-        host = self._stage(x) if self.rank == root else self._room(x)
+        host = self._to_host(x) if self.rank == root else self._room(x)
         raw = host.view(np.uint8)
         for a, b in self._pieces(raw.size, 1):
             yield self._call("Bcast", wait, [raw[a:b], MPI.BYTE], root)
         if self.rank != root:
-            self._unstage(host, x)
+            self._put_back(host, x)
         self._recorder.end(entry)
 
     def _message(self, what: Literal["send", "recv"], x: Array, peer: int, tag: int) -> Steps:
         entry = self._recorder.begin(self.axis, what, x.nbytes, peer)
-        host = self._stage(x) if what == "send" else self._room(x)
+        host = self._to_host(x) if what == "send" else self._room(x)
         raw = host.view(np.uint8)
         call = self._comm.Isend if what == "send" else self._comm.Irecv
         # All at once: MPI keeps the order of what is posted under one tag, and the pieces of
@@ -402,7 +402,7 @@ class Group:
         pieces = self._pieces(raw.size, 1)
         yield from [call([raw[a:b], MPI.BYTE], peer, tag) for a, b in pieces]
         if what == "recv":
-            self._unstage(host, x)
+            self._put_back(host, x)
         self._recorder.end(entry)
 
 

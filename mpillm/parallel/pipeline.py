@@ -65,8 +65,9 @@ class Executor:
     ) -> dict[int, Arrays]:
         """Run one program over `micros` and return the last stage's outputs by micro-batch number.
 
-        The result is empty on the other ranks. `d_outputs` is what the backward passes of the last
-        stage begin with; `after_backward(micro, chunk)` is called after each backward pass.
+        The result is empty on the other ranks. `d_outputs` is what every backward pass of the last
+        stage begins with, so a layer must not overwrite it; `after_backward(micro, chunk)` is
+        called after each backward pass.
         """
         return _Run(self, micros, d_outputs, after_backward).obey(program)
 

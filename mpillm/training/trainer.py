@@ -101,10 +101,11 @@ class Trainer:
         self._executor = Executor(
             mesh.pipe, self.stages, lambda micro: model.boundary(micro, self._dtype), backend
         )
-        self._micros = _micros_a_rank(train, mesh.batch.size)
+        # Micro-batches that this rank runs in a step.
+        self._rounds = _micros_a_rank(train, mesh.batch.size)
         stages, chunks = mesh.pipe.size, 1
-        programs = lower(SCHEDULES[mesh.layout.schedule](stages, self._micros, chunks), chunks)
-        validate(programs, ranks=stages, micros=self._micros, chunks=chunks)
+        programs = lower(SCHEDULES[mesh.layout.schedule](stages, self._rounds, chunks), chunks)
+        validate(programs, ranks=stages, micros=self._rounds, chunks=chunks)
         self._program = programs[mesh.pipe.rank]
         self._forward_programs: dict[int, Program] = {}
         # Steps done, and sequences that they took from the data, over all ranks.
@@ -117,10 +118,10 @@ class Trainer:
         tokens = self._loader.counted_tokens(self.samples_consumed)
         key = fold(self._train.seed, "step", self.step_number)
         sink = GradientSink()
-        first = self._mesh.batch.rank * self._micros
+        first = self._mesh.batch.rank * self._rounds
         micros = [
             self._micro(self._loader.micro_batch(self.samples_consumed, j), key, sink)
-            for j in range(first, first + self._micros)
+            for j in range(first, first + self._rounds)
         ]
         self._gradients.begin_step()
         outputs = self._executor.run(
@@ -128,7 +129,7 @@ class Trainer:
         )
         self._gradients.reduce()
         # Data rank d has the micro-batches [d * micros, (d + 1) * micros).
-        loss = pairwise_sum(self._losses(outputs, self._micros).reshape(-1).tolist()) / tokens
+        loss = pairwise_sum(self._losses(outputs, self._rounds).reshape(-1).tolist()) / tokens
         norm = self._gradients.norm()
         lr = learning_rate(self.step_number, self._train.steps, self._optimizer_settings)
         if not (np.isfinite(loss) and np.isfinite(norm)):
