@@ -27,7 +27,7 @@ from msgspec.structs import replace
 
 from mpillm.config import load
 from mpillm.errors import UserError
-from mpillm.parallel.launch import choose_threads, end_in_error, start
+from mpillm.parallel.launch import choose_threads, end_in_error, keep_freed_memory, start
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.training.settings import RunConfig
 
@@ -71,6 +71,7 @@ def main() -> int:
     try:
         config = load(RunConfig, JOB, [f"--data.text={arguments.text}", *overrides])
         threads = choose_threads(config.run.threads, comm)  # before NumPy is imported
+        keep_freed_memory()
         text = Text.read(config, comm)
         config = text.complete(config)
         if arguments.layouts:

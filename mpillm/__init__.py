@@ -42,7 +42,7 @@ def train(
     rank, for settings that are wrong.
     """
     from mpillm.config import Section, load, to_table
-    from mpillm.parallel.launch import agree, choose_threads, start
+    from mpillm.parallel.launch import agree, choose_threads, keep_freed_memory, start
     from mpillm.training.settings import RunConfig
 
     comm = start() if comm is None else comm
@@ -50,6 +50,7 @@ def train(
         source = to_table(config) if isinstance(config, Section) else config
         checked = load(RunConfig, Path(source) if isinstance(source, str) else source, overrides)
     choose_threads(checked.run.threads, comm)
+    keep_freed_memory()
 
     from mpillm.training import loop
 

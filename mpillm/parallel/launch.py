@@ -16,6 +16,7 @@ How a job ends:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -38,6 +39,7 @@ __all__ = [
     "choose_threads",
     "end_in_error",
     "end_interrupted",
+    "keep_freed_memory",
     "rank_hint",
     "ranks_on_node",
     "start",
@@ -60,6 +62,11 @@ _THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
+
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 # --- starting ------------------------------------------------------------------------------------
@@ -221,6 +228,18 @@ def choose_threads(threads: int, comm: Comm) -> int:
     if "numpy" not in sys.modules:
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     return threads
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library to keep what is freed, up to a GiB, for the next step's temporaries.
+
+    By default glibc gives every large array back to the system, and the next one faults its pages
+    in again. For the whole process; without effect under another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            mallopt(parameter, 1 << 30)
 
 
 def _node(comm: Comm) -> MPI.Comm:
