@@ -57,13 +57,14 @@ def write_for_ever(folder: Path, pipe: Connection) -> None:
 
 
 def test_a_killed_writer_leaves_only_complete_checkpoints(tmp_path: Path) -> None:
-    fork = multiprocessing.get_context("fork")
+    # Not forked: pytest has threads, which a fork would leave behind.
+    spawn = multiprocessing.get_context("spawn")
     moments = random.Random(0)
     unfinished = 0
     for turn in range(8):
         folder = tmp_path / str(turn)
-        pipe, child_pipe = fork.Pipe(duplex=False)
-        writer = fork.Process(target=write_for_ever, args=(folder, child_pipe))
+        pipe, child_pipe = spawn.Pipe(duplex=False)
+        writer = spawn.Process(target=write_for_ever, args=(folder, child_pipe))
         writer.start()
         child_pipe.close()
         acknowledged = pipe.recv()
