@@ -36,7 +36,7 @@ def main(run: Path) -> int:
     print(f"  trigram model   {trigram:.4f}\n  network         {network:.4f}")
 
     print(f"\nthe network goes on from {PROMPT!r}:\n", flush=True)
-    print(mpillm.generate(run, prompt=PROMPT, max_new_tokens=300, temperature=0.8, seed=1)[0])
+    print(mpillm.generate(run, prompt=PROMPT, max_new_tokens=300, temperature=0.5, seed=1)[0])
 
     places = {
         "config.toml": "every setting of the run",
