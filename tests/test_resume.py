@@ -24,7 +24,7 @@ from mpillm.parallel.shard import Shard
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TEXT = Path(__file__).parent.parent / "LICENSE"
-STEPS = 12
+STEPS = 60
 CONFIG = f"""
 [model]
 layers = 2
@@ -138,9 +138,9 @@ def test_resumed_in_another_layout(
 ) -> None:
     """The last steps on two ranks, against one rank all the way."""
     mixed = folder
-    shutil.rmtree(mixed / "checkpoints" / "step-00000012")
+    shutil.rmtree(mixed / "checkpoints" / f"step-{STEPS:08d}")
     said = succeed(mpirun(2, *arguments(config, mixed, f"--parallel.{layout}=2")))
-    assert "resumed after step 9" in said and f"{layout} 2" in said
+    assert f"resumed after step {STEPS - 3}" in said and f"{layout} 2" in said
     for ours, theirs in zip(metrics(whole), metrics(mixed), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
         assert ours.keys() == theirs.keys()
@@ -157,10 +157,10 @@ def test_keeps_the_last_checkpoints_and_a_complete_run_says_so(
     python: Command, config: Path, folder: Path
 ) -> None:
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["step-00000009", "step-00000012"]
-    assert "is complete: 12 of 12 steps" in succeed(python(*arguments(config, folder)))
-    longer = python(*arguments(config, folder, "--train.steps=13"))
-    assert "resumed after step 12" in succeed(longer)
+    assert names == [f"step-{STEPS - 3:08d}", f"step-{STEPS:08d}"]
+    assert f"is complete: {STEPS} of {STEPS} steps" in succeed(python(*arguments(config, folder)))
+    longer = python(*arguments(config, folder, f"--train.steps={STEPS + 1}"))
+    assert f"resumed after step {STEPS}" in succeed(longer)
 
 
 def test_fresh_keeps_the_old_run(
@@ -185,14 +185,14 @@ def test_fresh_keeps_the_old_run(
 def test_another_model_or_text_is_refused(
     python: Command, config: Path, folder: Path, change: str, message: str
 ) -> None:
-    result = python(*arguments(config, folder, "--train.steps=20", change))
+    result = python(*arguments(config, folder, "--train.steps=70", change))
     assert result.returncode == 2
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0] and "--fresh" in lines[0]
 
 
 def test_a_damaged_checkpoint_is_named(python: Command, config: Path, folder: Path) -> None:
-    shard = folder / "checkpoints" / "step-00000012" / "shard-00000.h5"
+    shard = folder / "checkpoints" / f"step-{STEPS:08d}" / "shard-00000.h5"
     with Checkpoint.open(shard.parent) as checkpoint:
         piece = checkpoint.array("parameter", "embedding.tokens").pieces[0]
     with h5py.File(shard, "r") as file:
@@ -201,13 +201,13 @@ def test_a_damaged_checkpoint_is_named(python: Command, config: Path, folder: Pa
     data[offset + 7] ^= 1
     shard.write_bytes(data)
     for command in (
-        arguments(config, folder, "--train.steps=20"),
+        arguments(config, folder, "--train.steps=70"),
         ["-m", "mpillm", "generate", str(folder), "--prompt", "a"],
     ):
         result = python(*command)
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
-        assert "shard-00000.h5" in result.stderr and "step-00000012" in result.stderr
+        assert "shard-00000.h5" in result.stderr and f"step-{STEPS:08d}" in result.stderr
 
 
 def test_generate_refuses_another_tokenizer(python: Command, folder: Path) -> None:
