@@ -13,7 +13,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # A command of three ranks with one fault, run by the real entry point.
 COMMAND = """
-import sys, threading
+import os, signal, sys, threading
 import mpillm.__main__ as program
 from mpillm.errors import UserError
 from mpillm.parallel.launch import agree, start
@@ -25,6 +25,8 @@ def run(arguments):
         raise RuntimeError("a fault")
     if fault == "exception in a thread" and middle:
         threading.Thread(target=lambda: {}["a fault"]).start()
+    if fault == "killed" and middle:
+        os.kill(os.getpid(), signal.SIGKILL)
     if fault == "mistake on all ranks":
         raise UserError("a mistake")
     if fault == "mistake on one rank" and middle:
@@ -69,6 +71,12 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def error_lines(stderr: str) -> list[str]:
     """What mpillm itself said; launchers add words of their own."""
     return [line for line in stderr.splitlines() if line.startswith("mpillm: error:")]
+
+
+def test_a_killed_rank_ends_the_job(mpirun: Run, command: Path) -> None:
+    begin = time.monotonic()
+    assert mpirun(3, command, "killed").returncode != 0
+    assert time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize("fault", ["exception on one rank", "exception on one rank, others agree"])

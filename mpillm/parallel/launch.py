@@ -41,7 +41,6 @@ __all__ = [
     "end_interrupted",
     "keep_freed_memory",
     "rank_hint",
-    "ranks_on_node",
     "start",
 ]
 
@@ -203,14 +202,6 @@ def _print_error(text: str) -> None:
 
 
 # --- threads -------------------------------------------------------------------------------------
-
-
-def ranks_on_node(comm: Comm) -> int:
-    """Number of ranks of `comm` that share this rank's memory. Collective."""
-    node = _node(comm)
-    size = node.size
-    node.Free()
-    return size
 
 
 def choose_threads(threads: int, comm: Comm) -> int:
