@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mpillm.nn.layer import Layer, Micro, Stage
+from mpillm.nn.layer import Layer, Micro
+from mpillm.nn.stage import Stage
 from mpillm.nn.param import ParamStore
 
 __all__ = ["check_directional", "check_layer", "scramble"]

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from mpillm.array import ops as ops_module
 from mpillm.array.backend import Backend
 from mpillm.errors import UserError
-from mpillm.nn.layer import Stage
+from mpillm.nn.stage import Stage
 from mpillm.nn.param import Init, Param, ParamStore
 from mpillm.parallel.group import pairwise_sum
 from mpillm.parallel.mesh import Mesh, fit

@@ -22,7 +22,8 @@ from mpillm.errors import UserError
 from mpillm.models.gpt2 import Settings
 from mpillm.models.model import build_stage, partition
 from mpillm.models.settings import ModelSettings, build_model, families
-from mpillm.nn.layer import Build, Micro, Stage
+from mpillm.nn.layer import Build, Micro
+from mpillm.nn.stage import Stage
 from mpillm.nn.param import ParamStore
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder

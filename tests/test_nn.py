@@ -24,7 +24,8 @@ from mpillm.nn.block import PreNormBlock
 from mpillm.nn.dropout import Dropout
 from mpillm.nn.embedding import Embedding
 from mpillm.nn.head import LanguageModelHead
-from mpillm.nn.layer import Build, GradientSink, Layer, Micro, Stage
+from mpillm.nn.layer import Build, GradientSink, Layer, Micro
+from mpillm.nn.stage import Stage
 from mpillm.nn.linear import ColumnLinear, RowLinear
 from mpillm.nn.mlp import MLP
 from mpillm.nn.norm import LayerNorm

@@ -20,7 +20,8 @@ from mpillm.errors import UserError
 from mpillm.inference.sampling import sample
 from mpillm.models.model import build_stage
 from mpillm.models.settings import ModelSettings, build_model
-from mpillm.nn.layer import Micro, Stage
+from mpillm.nn.layer import Micro
+from mpillm.nn.stage import Stage
 from mpillm.parallel.launch import agree, start
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder

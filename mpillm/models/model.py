@@ -10,7 +10,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from mpillm.errors import UserError
-from mpillm.nn.layer import Build, Layer, Micro, Stage
+from mpillm.nn.layer import Build, Layer, Micro
+from mpillm.nn.stage import Stage
 from mpillm.nn.param import ParamStore
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The contract of a layer, what a micro-batch carries, and the stage that runs layers in turn."""
+"""The contract of a layer, what a micro-batch carries, and what a layer is built from."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpillm.array.random import fold
+from mpillm.nn.rows import SharedRows
+from mpillm.parallel.progress import Progress
 
 if TYPE_CHECKING:
     from mpillm.array.backend import Array, Backend
     from mpillm.nn.param import Param, ParamStore
     from mpillm.parallel.mesh import Mesh
 
-__all__ = ["Build", "GradientSink", "Layer", "Micro", "Stage", "row_keys"]
+__all__ = ["Build", "GradientSink", "Keys", "Layer", "Micro", "PutOff", "row_keys"]
 
 Arrays = tuple[Any, ...]
 
@@ -30,17 +32,49 @@ class GradientSink:
         """Do `work`, which adds to `grad` of all of `params`."""
         work()
 
+    def done(self, layer: Layer) -> None:
+        """All work of this layer of the stage, for this micro-batch, was handed in."""
+
+
+class PutOff(GradientSink):
+    """Keeps the work for later: the list `work` holds it in order, with the notices of its end."""
+
+    def __init__(self, sink: GradientSink, work: list[Callable[[], None]]) -> None:
+        self._sink = sink
+        self._work = work
+
+    def add(self, params: tuple[Param, ...], work: Callable[[], None]) -> None:
+        """Keep the work, which then goes to the sink."""
+        self._work.append(lambda: self._sink.add(params, work))
+
+    def done(self, layer: Layer) -> None:
+        """Keep the notice."""
+        self._work.append(lambda: self._sink.done(layer))
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The tokens that one context rank holds: their places (t,), document ids (b, t) or None."""
+
+    index: Array
+    documents: Array
+
 
 @dataclass
 class Micro:
     """A micro-batch: b sequences of t tokens on the way through the stages.
 
+    With context parallelism t counts the tokens that this rank holds, of `length` in the sequence.
+
     tokens: int (b, t). labels: int (b, t), the token after each; needed where the loss is. mask:
     (b, t), 1 for counted tokens, else 0, in the compute dtype. samples: int64 (b,), number of each
     sequence in the step, the same in every layout. index: int64 (t,) or (b, t), each token's place
-    in its sequence. documents: int (b, t) or None for one document a sequence. key: the step's
-    random key. want: what the head gives: the summed loss, or logits. state: for each attention
-    layer's name its key/value cache, when decoding. gradients: the sink for weight gradients.
+    in its sequence. documents: int (b, t) or None for one document a sequence. length: tokens in a
+    sequence, over all context ranks; 0: t. counted: (b,), counted tokens of each sequence over all
+    context ranks, in the compute dtype. keys: what each context rank holds; empty where there is
+    but one. key: the step's random key. want: what the head gives: the summed loss, or logits.
+    state: for each attention layer's name its key/value cache, when decoding. gradients: the sink
+    for weight gradients. progress: the calls under way, polled between layers.
     """
 
     tokens: Array
@@ -49,11 +83,15 @@ class Micro:
     labels: Array = None
     mask: Array = None
     documents: Array = None
+    length: int = 0
+    counted: Array = None
+    keys: tuple[Keys, ...] = ()
     training: bool = False
     key: int = 0
     want: Literal["loss", "logits", "last_logits"] = "loss"
     state: dict[str, Any] | None = None
     gradients: GradientSink = field(default_factory=GradientSink)
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,11 +102,21 @@ class Micro:
 
 @dataclass(frozen=True)
 class Build:
-    """What a layer is built from: where it computes, whom it talks to, where its weights lie."""
+    """What a layer is built from: where it computes, whom it talks to, where its weights lie.
+
+    recompute: what is computed anew in the backward pass in place of being kept, see
+    `mpillm.nn.recompute`.
+    """
 
     backend: Backend
     mesh: Mesh
     store: ParamStore
+    recompute: Literal["none", "attention", "block"] = "none"
+
+    @property
+    def rows(self) -> SharedRows:
+        """How the tensor ranks share out the tokens between the products."""
+        return SharedRows(self.mesh.tensor, self.backend, self.mesh.layout.sequence)
 
 
 class Layer(ABC):
@@ -99,29 +147,3 @@ def row_keys(backend: Backend, micro: Micro, name: str) -> Array:
     """
     index = micro.index if micro.index.ndim == 2 else micro.index[None, :]
     return backend.random.fold(fold(micro.key, name), micro.samples[:, None], index)
-
-
-class Stage:
-    """Consecutive layers, run in turn: what a pipeline rank does with one micro-batch."""
-
-    def __init__(self, layers: list[Layer], store: ParamStore) -> None:
-        self.layers = layers
-        self.store = store
-
-    def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, list[Any]]:
-        """Outputs of the last layer, and what every layer saved."""
-        saved = []
-        for layer in self.layers:
-            inputs, kept = layer.forward(inputs, micro)
-            saved.append(kept)
-        return inputs, saved
-
-    def backward(self, d_outputs: Arrays, saved: list[Any], micro: Micro) -> Arrays:
-        """Derivatives by the inputs of the first layer. `saved` is emptied on the way."""
-        for layer in reversed(self.layers):
-            d_outputs = layer.backward(d_outputs, saved.pop(), micro)
-        return d_outputs
-
-    def new_state(self, b: int, capacity: int) -> dict[str, Any]:
-        """The empty decoding state of all layers."""
-        return {k: v for layer in self.layers for k, v in layer.new_state(b, capacity).items()}

@@ -145,6 +145,12 @@ class ParamStore:
             first.setdefault(param.name, param)
         return list(first.values())
 
+    def acquire(self, number: int, following: int) -> None:
+        """Make the weights of layer `number` valid; layer `following` is the next to come."""
+
+    def release(self, number: int) -> None:
+        """The weights of layer `number` are not needed for now."""
+
     def allocate(self) -> None:
         """Lay out the arenas, bind all views, and fill in the initial values."""
         groups: dict[tuple[tuple[str, ...], bool], list[Param]] = {}

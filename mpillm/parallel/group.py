@@ -13,7 +13,7 @@ library nor on an element's place in the array. Sums of 16-bit floats accumulate
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -94,17 +94,20 @@ class Group:
         """`allreduce` under way; `x` must be left alone until it is complete."""
         return Request(self._allreduce(x, op, wait=False), self._under_way)
 
-    def reduce_scatter(self, x: Array, out: Array) -> Array:
+    def reduce_scatter(self, x: Array, out: Array, counts: Sequence[int] | None = None) -> Array:
         """This rank's slice of the sum over the ranks of the flat array `x`, written to `out`.
 
-        Slices follow `split_range(x.size, size, rank)`. `x` is left as it was.
+        Rank r gets the next `counts[r]` elements; by default its share by `split_range(x.size,
+        ...)`. `x` is left as it was, unless `out` is a part of it.
         """
-        self._run(self._reduce_scatter(x, out, wait=True))
+        self._run(self._reduce_scatter(x, out, counts, wait=True))
         return out
 
-    def ireduce_scatter(self, x: Array, out: Array) -> Request:
+    def ireduce_scatter(
+        self, x: Array, out: Array, counts: Sequence[int] | None = None
+    ) -> Request:
         """`reduce_scatter` under way."""
-        return Request(self._reduce_scatter(x, out, wait=False), self._under_way)
+        return Request(self._reduce_scatter(x, out, counts, wait=False), self._under_way)
 
     def allgather(self, part: Array, out: Array, counts: Sequence[int] | None = None) -> Array:
         """The ranks' flat parts one after another in the flat array `out`.
@@ -251,13 +254,16 @@ class Group:
             yield self._call("Alltoallv", wait, runs(x, counts), runs(out, out_counts))
             return
         starts, out_starts = offsets(counts), offsets(out_counts)
-        for low in range(0, longest, stride):
+
+        def piece(low: int) -> tuple[MPI.Request | None, Callable[[], None]]:
             # Packed, as displacements are 32-bit integers too.
             sizes, out_sizes = cut(counts, low, stride), cut(out_counts, low, stride)
             packed = pack(x, starts, sizes, low)
             arrived = np.empty(sum(out_sizes), dtype=out.dtype)
-            yield self._call("Alltoallv", wait, runs(packed, sizes), runs(arrived, out_sizes))
-            unpack(arrived, out, out_starts, out_sizes, low)
+            request = self._call("Alltoallv", wait, runs(packed, sizes), runs(arrived, out_sizes))
+            return request, lambda: unpack(arrived, out, out_starts, out_sizes, low)
+
+        yield from self._in_pieces(piece, range(0, longest, stride), wait)
 
     def _collect(
         self, part: np.ndarray, out: np.ndarray, counts: Sequence[int], wait: bool
@@ -269,12 +275,30 @@ class Group:
             yield self._call("Allgatherv", wait, [part.view(np.uint8), MPI.BYTE], runs(out, counts))
             return
         starts = offsets(counts)
-        for low in range(0, longest, stride):
+
+        def piece(low: int) -> tuple[MPI.Request | None, Callable[[], None]]:
             sizes = cut(counts, low, stride)
             mine = part[low : low + stride].view(np.uint8)
             arrived = np.empty(sum(sizes), dtype=out.dtype)
-            yield self._call("Allgatherv", wait, [mine, MPI.BYTE], runs(arrived, sizes))
-            unpack(arrived, out, starts, sizes, low)
+            request = self._call("Allgatherv", wait, [mine, MPI.BYTE], runs(arrived, sizes))
+            return request, lambda: unpack(arrived, out, starts, sizes, low)
+
+        yield from self._in_pieces(piece, range(0, longest, stride), wait)
+
+    @staticmethod
+    def _in_pieces(
+        piece: Callable[[int], tuple[MPI.Request | None, Callable[[], None]]],
+        lows: Iterable[int],
+        wait: bool,
+    ) -> Steps:
+        """A call in pieces: `piece(low)` makes one, and gives its request and how to finish it.
+
+        Of a call under way all pieces are made at once: then MPI alone can complete it, and no rank
+        that is blocked elsewhere must be waited for to make the next one.
+        """
+        for made in map(piece, lows) if wait else [piece(low) for low in lows]:
+            yield made[0]
+            made[1]()
 
     def _sum(self, parts: np.ndarray) -> np.ndarray:
         """Pairwise sum over the first axis; 16-bit floats accumulate in float32."""
@@ -310,34 +334,40 @@ class Group:
             yield from self._collect(host, everything.reshape(-1), counts, wait)
             host[...] = self._sum(everything)
             return
-        start, stop = split_range(host.size, self.size, self.rank)
-        mine = np.empty(stop - start, dtype=host.dtype)
-        yield from self._ordered_slice(host, mine, wait)
-        yield from self._collect(mine, host, self._shares(host.size), wait)
-
-    def _ordered_slice(self, host: np.ndarray, mine: np.ndarray, wait: bool) -> Steps:
-        parts = np.empty((self.size, mine.size), dtype=host.dtype)
         shares = self._shares(host.size)
+        mine = np.empty(shares[self.rank], dtype=host.dtype)
+        yield from self._ordered_slice(host, mine, shares, wait)
+        yield from self._collect(mine, host, shares, wait)
+
+    def _ordered_slice(
+        self, host: np.ndarray, mine: np.ndarray, shares: Sequence[int], wait: bool
+    ) -> Steps:
+        parts = np.empty((self.size, mine.size), dtype=host.dtype)
         yield from self._exchange(
-            host, shares, parts.reshape(-1), [mine.size] * self.size, shares[0], wait
+            host, shares, parts.reshape(-1), [mine.size] * self.size, max(shares), wait
         )
         mine[...] = self._sum(parts)
 
-    def _reduce_scatter(self, x: Array, out: Array, wait: bool) -> Steps:
-        start, stop = split_range(x.size, self.size, self.rank)
-        _check(out, stop - start, "out", x.dtype)
+    def _reduce_scatter(
+        self, x: Array, out: Array, counts: Sequence[int] | None, wait: bool
+    ) -> Steps:
+        shares = self._shares(x.size) if counts is None else counts
+        _check(out, shares[self.rank], "out", x.dtype)
+        _check(x, sum(shares), "x")
         if self.size == 1:
-            out[...] = x
+            if not (self._backend.on_host and np.may_share_memory(x, out)):
+                out[...] = x
             return
         entry = self._recorder.begin(self.axis, "reduce_scatter", x.nbytes)
         host = self._to_host(x)
         if self._reduction == "ordered":
-            mine = np.empty(stop - start, dtype=host.dtype)
-            yield from self._ordered_slice(host, mine, wait)
+            mine = np.empty(shares[self.rank], dtype=host.dtype)
+            yield from self._ordered_slice(host, mine, shares, wait)
         else:
             total = host.astype(np.float32 if is_half(host.dtype) else host.dtype)
             yield from self._library(total, "sum", wait)
-            mine = total[start:stop].astype(host.dtype)
+            start = sum(shares[: self.rank])
+            mine = total[start : start + shares[self.rank]].astype(host.dtype)
         self._put_back(mine, out)
         self._recorder.end(entry)
 

@@ -50,7 +50,10 @@ class Mesh:
     """This rank's place in the grid, and the Groups it belongs to.
 
     pipe, data, expert, context, tensor: the ranks along one axis.
-    replicas (data x expert x context): those over which dense gradients are summed.
+    replicas (context x data x expert): those over which dense gradients are summed, and which share
+    out what ZeRO shards. Data is faster than context here, so that a tree over the ranks has the
+    data ranks of a context rank as subtrees.
+    expert_replicas (context x data): the same for the weights of experts.
     batch (data x expert): those that share out a step's sequences.
     model (pipe x tensor): those that hold one replica of the model together.
     tied: the first and the last pipeline stage; of size 1 where they are one or this is neither.
@@ -82,10 +85,18 @@ class Mesh:
         self.expert = along("expert", "expert")
         self.context = along("context", "context")
         self.tensor = along("tensor", "tensor")
-        self.replicas = along("replicas", "data", "expert", "context")
+        self.replicas = group("replicas", self._replicas(grid, "data", "expert", "context"))
+        self.expert_replicas = group("expert_replicas", self._replicas(grid, "data", "context"))
         self.batch = along("batch", "data", "expert")
         self.model = along("model", "pipe", "tensor")
         self.tied = group("tied", self._ends(grid))
+
+    def _replicas(self, grid: MPI.Cartcomm, *axes: str) -> MPI.Intracomm:
+        """The ranks along these axes, in the order of their places along all but the context."""
+        line = grid.Sub([axis in axes for axis in AXES])
+        ordered: MPI.Intracomm = line.Split(0, self.context.rank * line.size + line.rank)  # type: ignore[assignment]
+        line.Free()
+        return ordered
 
     def _ends(self, grid: MPI.Cartcomm) -> MPI.Intracomm:
         """The first and last stage of this rank's pipeline; the others are alone."""

@@ -21,9 +21,31 @@ class ParallelSettings(Section, frozen=True, kw_only=True):
     pipe: Annotated[int, Meta(ge=1, description="pipeline stages")] = 1
     context: Annotated[int, Meta(ge=1, description="ranks that share each sequence")] = 1
     expert: Annotated[int, Meta(ge=1, description="ranks that share the experts")] = 1
+    sequence: Annotated[
+        bool,
+        Meta(description="tensor ranks share out the tokens between the products, too"),
+    ] = False
     schedule: Annotated[
-        Literal["gpipe", "1f1b"], Meta(description="order of a pipeline stage's work")
+        Literal["gpipe", "1f1b", "interleaved", "zero-bubble"],
+        Meta(description="order of a pipeline stage's work"),
     ] = "1f1b"
+    chunks: Annotated[int, Meta(ge=1, description="stages that each pipeline rank holds")] = 1
+    boundaries: Annotated[
+        tuple[int, ...],
+        Meta(description="layers that begin a new stage, counted from 0; none: cut evenly by cost"),
+    ] = ()
+    zero: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=3,
+            description="what replicas share out: 1 optimizer state, 2 also gradients, 3 also "
+            "weights (ZeRO)",
+        ),
+    ] = 0
+    overlap: Annotated[
+        bool, Meta(description="sum gradients while others are still being computed")
+    ] = True
     reduction: Annotated[
         Literal["ordered", "library"],
         Meta(

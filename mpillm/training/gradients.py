@@ -14,7 +14,7 @@ import numpy as np
 
 from mpillm.array.backend import Array, Backend
 from mpillm.array.ops import NORM_BLOCK
-from mpillm.nn.layer import Stage
+from mpillm.nn.stage import Stage
 from mpillm.nn.param import Arena, Param
 from mpillm.parallel.mesh import Mesh
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpillm.array.backend import Array, Backend
-from mpillm.nn.layer import Stage
+from mpillm.nn.stage import Stage
 from mpillm.nn.param import Arena, Param
 from mpillm.training.settings import OptimizerSettings
 

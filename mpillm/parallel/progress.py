@@ -1,0 +1,41 @@
+"""Who drives the calls that are under way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpillm.parallel.request import Request
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """The calls under way of a process, driven on by `poll` from between computations.
+
+    Most MPI libraries move a message only while some call of theirs runs, and a call of several
+    steps goes on only when it is asked. So whoever computes polls, and whoever waits lets all the
+    others go on meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+
+    def watch(self, request: Request) -> Request:
+        """Drive on a call from now on, until it is complete; returns it."""
+        if not request.done:
+            self._requests.append(request)
+        return request
+
+    def poll(self) -> None:
+        """Let every call make what progress it can."""
+        if self._requests:
+            self._requests = [request for request in self._requests if not request.test()]
+
+    def wait(self, request: Request) -> None:
+        """Complete a call, and drive on the others meanwhile."""
+        self.poll()
+        while not request.done and any(other is not request for other in self._requests):
+            request.test()
+            self.poll()
+        request.wait()
