@@ -130,7 +130,7 @@ def new_trainer(config: RunConfig, text: Text, comm: Comm) -> tuple[Trainer, Mes
 
     backend = Backend.create(config.run.backend)
     mesh = Mesh(comm, fit(config.parallel, comm.size), backend, Recorder())
-    t = resolve_batch(config.train, mesh.batch.size)
+    t = resolve_batch(config.train, mesh.layout)
     loader = Loader(text.train, t.sequence_length, t.batch_size, t.micro_batch_size, t.seed)
     model = build_model(config.model)
     return Trainer(model, t, config.optimizer, mesh, backend, loader), mesh
@@ -182,7 +182,7 @@ def compare_with_torch(
     settings: Any = config.model
     model = GPT2(settings).to(getattr(torch, t.dtype))
     (stage,) = trainer.stages
-    weights = {param.name: param.master for param in stage.store.params}
+    weights = {param.name: param.value for param in stage.store.params}
     model.load_state_dict(from_mpillm(weights, settings.layers, settings.width))
     training = Training(model, config.optimizer, t.steps)
     loader = Loader(text.train, t.sequence_length, t.batch_size, t.batch_size, t.seed)

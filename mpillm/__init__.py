@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpillm.parallel.launch import Comm
+    from mpillm.parallel.settings import ParallelSettings
     from mpillm.training.loop import TrainResult
     from mpillm.training.settings import RunConfig
 
@@ -68,14 +69,18 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     greedy: bool = False,
+    parallel: ParallelSettings | Mapping[str, Any] | None = None,
     comm: Comm | None = None,
 ) -> list[str]:
     """Continue `prompt` with the newest checkpoint of the run folder `run`; one text a sample.
 
     temperature: divides the logits. top_k: sample from the k likeliest tokens (0: all). top_p:
     sample from the likeliest tokens that hold this probability together (1: all). greedy: always
-    take the likeliest token. The same seed gives the same text on any number of ranks.
-    comm: the ranks that share the work, by default all ranks. Collective.
+    take the likeliest token. parallel: the layout of the ranks, as settings or as a table such as
+    `{"pipe": 2, "tensor": 2}`, where data parallelism takes what is left as in training; by default
+    all ranks share each layer's products. The same seed gives the same text in any layout.
+    comm: the ranks that share the work, by default all ranks. Collective. Raises
+    `mpillm.errors.UserError`, on every rank, for what does not fit.
     """
     from mpillm.parallel.launch import choose_threads, start
 
@@ -94,5 +99,6 @@ def generate(
         num_samples=num_samples,
         seed=seed,
         greedy=greedy,
+        parallel=parallel,
         comm=comm,
     )

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+import mpillm
 from mpillm.array.backend import Backend
 from mpillm.checkpoint.reader import Checkpoint
 from mpillm.checkpoint.verify import resolve
 from mpillm.data.tokenizer import load_tokenizer
+from mpillm.errors import UserError
 from mpillm.inference.engine import Engine, Sampling
 from mpillm.inference.sampling import sample
+from mpillm.parallel.settings import ParallelSettings
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -138,6 +141,43 @@ def test_command_gives_the_same_text_on_any_ranks(
         assert texts[0].stdout.count("Licen") >= (1 if options == ["--greedy"] else 2)
 
 
+def test_command_gives_the_same_text_in_any_layout(
+    python: Command, mpirun: Command, run: Path
+) -> None:
+    prompt = "--A. Licen"  # no setting, although it begins like one
+    command = ["-m", "mpillm", "generate", str(run), "--prompt", prompt, "--max-new-tokens=30"]
+    command += ["--num-samples=3", "--seed=4"]
+    layouts = (
+        ["--parallel.pipe=2"],
+        ["--parallel.zero=3"],  # data parallelism takes the ranks that are left
+        ["--parallel.tensor=2", "--parallel.sequence"],
+        ["--parallel.data=1", "--parallel.pipe=2", "--parallel.boundaries=[3]"],
+    )
+    texts = [python(*command), *(mpirun(2, *command, *layout) for layout in layouts)]
+    for result in texts:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == texts[0].stdout
+    assert texts[0].stdout.count(prompt) == 3
+
+
+def test_layouts_from_python(run: Path) -> None:
+    """As settings or as a table; the same text, and the same mistakes as on the command line."""
+    options = {"prompt": "Licen", "max_new_tokens": 5, "greedy": True, "comm": MPI.COMM_SELF}
+    texts = [
+        mpillm.generate(run, parallel=layout, **options)
+        for layout in (None, {}, {"data": 1}, ParallelSettings(pipe=1))
+    ]
+    assert all(text == texts[0] for text in texts)
+    for table, message in (
+        ({"tenser": 2}, "parallel.tenser: no such setting; did you mean 'tensor'?"),
+        ({"tensor": 0}, "parallel.tensor: expected integer >= 1, got 0"),
+        ({"tensor": 2}, "parallel: tensor 2 x pipe 1 = 2 does not divide 1 rank"),
+    ):
+        with pytest.raises(UserError) as caught:
+            mpillm.generate(run, parallel=table, **options)
+        assert str(caught.value).startswith(message)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -147,6 +187,14 @@ def test_command_gives_the_same_text_on_any_ranks(
         (["--prompt", "a", "--top-p", "1.5"], "--top-p"),
         (["--prompt", "a", "--top-k", "-1"], "--top-k"),
         (["--prompt", "a", "--num-samples", "0"], "--num-samples"),
+        (["--prompt", "a", "--parallel.tensor=2"], "does not divide 1 rank"),
+        (["--prompt", "a", "--parallel.data=3"], "does not fit 1 rank"),
+        (["--prompt", "a", "--parallel.sequence"], "parallel.tensor >= 2"),
+        (["--prompt", "a", "--parallel.tensor=two"], "--parallel.tensor: expected integer >= 1"),
+        (["--prompt", "a", "--parallel.tenser=2"], "did you mean 'tensor'?"),
+        (["--prompt", "a", "--tensor=2"], "did you mean 'parallel.tensor'?"),
+        (["--prompt", "a", "--parallel.tensor", "2"], "unexpected argument '2'"),
+        (["--prompt", "a", "--train.steps=2"], "--train.steps: no such section"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -161,3 +209,22 @@ def test_mistakes_are_told_in_one_line(
 def test_the_tokenizer_is_the_run_s(run: Path) -> None:
     tokenizer = load_tokenizer(run / "tokenizer.json")
     assert tokenizer.decode(tokenizer.encode("License")) == "License"
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (["--parallel.pipe=3"], "parallel: tensor 1 x pipe 3 = 3 does not divide 2 ranks"),
+        (["--parallel.pipe=2", "--parallel.chunks=3"], "set parallel.pipe <= 1"),
+        (["--parallel.pipe=2", "--parallel.boundaries=[4]"], "expected ascending layers"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_told_once(
+    mpirun: Command, run: Path, layout: list[str], message: str
+) -> None:
+    """By the ranks, or by the model: four layers."""
+    result = mpirun(2, "-m", "mpillm", "generate", str(run), "--prompt=a", *layout)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("mpillm: error: ")]
+    assert len(lines) == 1 and message in lines[0], result.stderr
+    assert "Traceback" not in result.stderr and result.stdout.strip() == ""

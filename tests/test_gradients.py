@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,16 @@ from mpi4py import MPI
 from mpillm.array import ops as ops_module
 from mpillm.array.backend import Backend
 from mpillm.errors import UserError
-from mpillm.nn.stage import Stage
+from mpillm.nn.dropout import Dropout
+from mpillm.nn.layer import Build
 from mpillm.nn.param import Init, Param, ParamStore
+from mpillm.nn.stage import Stage
 from mpillm.parallel.group import pairwise_sum
 from mpillm.parallel.mesh import Mesh, fit
+from mpillm.parallel.progress import Progress
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.shard import Shard
-from mpillm.training import gradients as gradients_module
 from mpillm.training.gradients import Gradients, TreeSum
 from mpillm.training.learning_rate import learning_rate
 from mpillm.training.settings import OptimizerSettings, TrainSettings
@@ -141,8 +144,9 @@ class OneRank:
             self._add(store, "table", (5, 3), use=1),
         ]
         store.allocate()
-        self.stage = Stage([], store)
-        self.gradients = Gradients([self.stage], self.mesh, self.backend, deterministic)
+        self.layer = Dropout(Build(self.backend, self.mesh, store), "any", 0.0)
+        self.stage = Stage([self.layer], store)
+        self._deterministic = deterministic
 
     def _add(
         self, store: ParamStore, name: str, shape: tuple[int, ...], use: int | None = None
@@ -159,13 +163,25 @@ class OneRank:
 
     def step(self, per_use: list[list[np.ndarray]]) -> None:
         """A step of micro-batches; `per_use[p][j]` is what micro-batch j adds to use p."""
+        self.gradients = Gradients(
+            [self.stage],
+            self.mesh,
+            self.backend,
+            Progress(),
+            micros=len(per_use[0]),
+            deterministic=self._deterministic,
+        )
         self.gradients.begin_step()
         for j in range(len(per_use[0])):
+            sink = self.gradients.sink(j)
             for param, of_micros in zip(self.params, per_use, strict=True):
-                grad = param.grad
-                grad += self.backend.from_host(of_micros[j].reshape(grad.shape))
-            self.gradients.after_backward(j, 0)
+                sink.add((param,), partial(self._add_to, param, of_micros[j]))
+            sink.done(self.layer)
         self.gradients.reduce()
+
+    def _add_to(self, param: Param, values: np.ndarray) -> None:
+        grad = param.grad
+        grad += self.backend.from_host(values.reshape(grad.shape))
 
     def grad(self, param: Param) -> np.ndarray:
         return self.backend.to_host(param.grad).reshape(-1)
@@ -203,12 +219,11 @@ def test_otherwise_gradients_are_added_in_place() -> None:
 
 
 @pytest.mark.parametrize("backend", ["numpy", "strict"])
-@pytest.mark.parametrize("block", [1, 4, 1 << 20])
+@pytest.mark.parametrize("block", [1, 4, 16, 1 << 20])
 def test_the_norm_counts_a_tied_parameter_once(
     monkeypatch: pytest.MonkeyPatch, block: int, backend: str
 ) -> None:
-    for module in (ops_module, gradients_module):
-        monkeypatch.setattr(module, "NORM_BLOCK", block)
+    monkeypatch.setattr(ops_module, "_NORM_BLOCK", block)
     with OneRank(backend) as one:
         one.step([terms(1, p, param.shard.size) for p, param in enumerate(one.params)])
         whole = np.concatenate([one.grad(param) for param in one.params[:3]]).astype(np.float64)
@@ -231,17 +246,16 @@ NORMS = """
 import json
 import numpy as np
 from mpi4py import MPI
-from mpillm.array import ops
 from mpillm.array.backend import Backend
 from mpillm.array.random import fold
 from mpillm.models import gpt2
-from mpillm.models.model import build_stage
+from mpillm.models.model import build_stages
 from mpillm.parallel.mesh import Mesh, fit
+from mpillm.parallel.progress import Progress
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.training import gradients
 
-ops.NORM_BLOCK = gradients.NORM_BLOCK = 16
 backend = Backend.create("numpy")
 world = MPI.COMM_WORLD
 
@@ -253,10 +267,13 @@ def norm(comm, tied, **layout):
     '''The norm of gradients that are slices of dense ones, and the parameters of this rank.'''
     settings = gpt2.Settings(layers=3, heads=3, width=12, vocabulary=11, context=8, tied=tied)
     mesh = Mesh(comm, fit(ParallelSettings(**layout), comm.size), backend, Recorder())
-    stage = build_stage(gpt2.build(settings), backend, mesh, np.dtype("float32"), None)
-    for param in stage.store.params:
-        param.grad[...] = dense(param)[param.shard.slices]
-    result = gradients.Gradients([stage], mesh, backend, True).norm()
+    (stage,) = build_stages(gpt2.build(settings), backend, mesh, np.dtype("float32"), None)
+    for arena in stage.store.arenas:
+        for param, (start, stop), part in arena.pieces(arena.grad):
+            part[...] = dense(param)[param.shard.slices].reshape(-1)[start:stop]
+    result = gradients.Gradients(
+        [stage], mesh, backend, Progress(), micros=1, deterministic=True
+    ).norm()
     mesh.free()
     return result, stage.store.params
 
@@ -266,9 +283,11 @@ for tied in (True, False):
     found = []
     for data in (1, 2, 4):
         for tensor in (1, 2, 4):
-            if 4 % (data * tensor) == 0:
-                layout = dict(data=data, tensor=tensor, pipe=4 // data // tensor)
-                found.append((layout, world.allgather(norm(world, tied, **layout)[0])))
+            for zero in range(4):
+                if 4 % (data * tensor) == 0:
+                    pipe = 4 // data // tensor
+                    layout = dict(data=data, tensor=tensor, pipe=pipe, zero=zero)
+                    found.append((layout, world.allgather(norm(world, tied, **layout)[0])))
     if world.rank == 0:
         print(json.dumps([tied, len(params), float(np.linalg.norm(whole)), alone, found]))
 """
@@ -283,7 +302,7 @@ def test_the_norm_counts_each_parameter_once_in_every_layout(mpirun: Any) -> Non
     assert lines[1][1] == lines[0][1] + 1  # the head's own weight
     for _, _, expected, alone, found in lines:
         assert alone == pytest.approx(expected, rel=1e-14)
-        assert len(found) == 6
+        assert len(found) == 6 * 4
         for layout, norms in found:
             assert len(set(norms)) == 1
             if layout["tensor"] == 1:
@@ -341,6 +360,10 @@ def batch(size: int, micro: int, *, deterministic: bool = False) -> TrainSetting
     return TrainSettings(batch_size=size, micro_batch_size=micro, deterministic=deterministic)
 
 
+def over(ranks: int, zero: int = 0) -> ParallelSettings:
+    return ParallelSettings(data=ranks, zero=zero)
+
+
 @pytest.mark.parametrize(
     ("size", "micro", "ranks", "resolved"),
     [
@@ -354,10 +377,10 @@ def batch(size: int, micro: int, *, deterministic: bool = False) -> TrainSetting
     ],
 )
 def test_the_micro_batch_size(size: int, micro: int, ranks: int, resolved: int) -> None:
-    settings = resolve_batch(batch(size, micro), ranks)
+    settings = resolve_batch(batch(size, micro), over(ranks))
     assert settings.micro_batch_size == resolved
     assert settings.batch_size == size
-    assert resolve_batch(settings, ranks) == settings
+    assert resolve_batch(settings, over(ranks)) == settings
 
 
 @given(st.integers(1, 64), st.integers(0, 70), st.integers(1, 9), st.booleans())
@@ -369,19 +392,28 @@ def test_deterministic_mode_takes_blocks_of_a_power_of_two_only(
     settings = batch(size, micro, deterministic=deterministic)
     if deterministic and ranks > 1 and rounds not in (1, 2, 4, 8, 16, 32, 64):
         with pytest.raises(UserError) as caught:
-            resolve_batch(settings, ranks)
+            resolve_batch(settings, over(ranks))
         message = str(caught.value)
         for what in ("train.deterministic", f"{size} sequences", f"micro-batches of {given_size}"):
             assert what in message
         assert f"{ranks} data ranks make {rounds} micro-batches a rank" in message
     else:
-        assert resolve_batch(settings, ranks).micro_batch_size == given_size
+        assert resolve_batch(settings, over(ranks)).micro_batch_size == given_size
 
 
 @pytest.mark.parametrize(("size", "micro", "ranks"), [(12, 2, 2), (40, 1, 3), (64, 11, 2)])
 def test_the_error_names_a_micro_batch_size_that_works(size: int, micro: int, ranks: int) -> None:
     with pytest.raises(UserError) as caught:
-        resolve_batch(batch(size, micro, deterministic=True), ranks)
+        resolve_batch(batch(size, micro, deterministic=True), over(ranks))
     named = re.search(r"train\.micro_batch_size = (\d+)", str(caught.value))
     assert named, str(caught.value)
-    resolve_batch(batch(size, int(named[1]), deterministic=True), ranks)
+    resolve_batch(batch(size, int(named[1]), deterministic=True), over(ranks))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_sharded_gradients_need_a_power_of_two_of_data_ranks(zero: int) -> None:
+    """Then every round of micro-batches is a subtree, whatever their number."""
+    with pytest.raises(UserError, match=r"zero = .*power of two, and it is 6.*use 4 data ranks"):
+        resolve_batch(batch(36, 2, deterministic=True), over(6, zero))
+    assert resolve_batch(batch(36, 2, deterministic=True), over(4, zero)).micro_batch_size == 2
+    assert resolve_batch(batch(36, 2), over(6, zero)).micro_batch_size == 2

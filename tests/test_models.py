@@ -20,7 +20,7 @@ from mpillm.array.backend import Backend
 from mpillm.data.loader import Loader
 from mpillm.errors import UserError
 from mpillm.models.gpt2 import Settings
-from mpillm.models.model import build_stage, partition
+from mpillm.models.model import build_stages, partition
 from mpillm.models.settings import ModelSettings, build_model, families
 from mpillm.nn.layer import Build, Micro
 from mpillm.nn.stage import Stage
@@ -51,7 +51,7 @@ def mesh(numpy_backend: Backend) -> Iterator[Mesh]:
 
 
 def small_stage(mesh: Mesh, backend: Backend, **changes: Any) -> Stage:
-    stage = build_stage(build_model(replace(SMALL, **changes)), backend, mesh, "float64", seed=1)
+    (stage,) = build_stages(build_model(replace(SMALL, **changes)), backend, mesh, "float64", seed=1)
     scramble(stage.store, 0.2)
     return stage
 
@@ -193,7 +193,7 @@ def test_names_and_kinds_of_parameters(mesh: Mesh, numpy_backend: Backend) -> No
 
 def test_initial_scales(mesh: Mesh, numpy_backend: Backend) -> None:
     settings = Settings(layers=8, heads=4, width=64, vocabulary=65, context=32)
-    stage = build_stage(build_model(settings), numpy_backend, mesh, "float64", seed=3)
+    (stage,) = build_stages(build_model(settings), numpy_backend, mesh, "float64", seed=3)
     for param in stage.store.params:
         kind = param.name.rsplit(".", 1)[1]
         expected = (

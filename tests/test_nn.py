@@ -11,29 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 from gradcheck import check_layer, scramble
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mpi4py import MPI
 
 from mpillm.array.backend import Backend
 from mpillm.array.random import fold
 from mpillm.nn import head as head_module
-from mpillm.nn import param as param_module
 from mpillm.nn.attention import KeyValueCache, SelfAttention
 from mpillm.nn.block import PreNormBlock
 from mpillm.nn.dropout import Dropout
 from mpillm.nn.embedding import Embedding
 from mpillm.nn.head import LanguageModelHead
 from mpillm.nn.layer import Build, GradientSink, Layer, Micro
-from mpillm.nn.stage import Stage
 from mpillm.nn.linear import ColumnLinear, RowLinear
 from mpillm.nn.mlp import MLP
 from mpillm.nn.norm import LayerNorm
-from mpillm.nn.param import Init, Param, ParamStore
+from mpillm.nn.param import Param, ParamStore
+from mpillm.nn.stage import Stage
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.parallel.shard import Shard
 
 BACKEND = Backend.create("numpy")
 B, T, WIDTH, HEADS, VOCABULARY, CONTEXT = 3, 5, 8, 2, 11, 12
@@ -59,7 +55,14 @@ def make(factory: Make, mesh: Mesh, *, random: bool = True) -> tuple[Layer, Para
 
 
 def stage(*factories: Make) -> Callable[[Build], Any]:
-    return lambda build: Stage([factory(build) for factory in factories], build.store)
+    def built(build: Build) -> Stage:
+        layers = []
+        for factory in factories:
+            layers.append(factory(build))
+            build.store.next_layer()
+        return Stage(layers, build.store)
+
+    return built
 
 
 def micro_batch(b: int = B, t: int = T, *, training: bool = True, **changes: Any) -> Micro:
@@ -454,7 +457,7 @@ def test_the_parts_of_tensor_ranks_add_up(factory: Make, ranks: int, mesh: Mesh)
 
     def passes(rank: int, size: int) -> tuple[np.ndarray, np.ndarray, ParamStore]:
         tensor = SimpleNamespace(rank=rank, size=size, allreduce=lambda x: x)
-        part: Any = SimpleNamespace(tensor=tensor, replicas=mesh.replicas)
+        part: Any = SimpleNamespace(**{**vars(mesh), "tensor": tensor})
         layer, store = make(factory, part, random=False)
         (y,), saved = layer.forward((x,), micro)
         (dx,) = layer.backward((dy.copy(),), saved, micro)
@@ -515,165 +518,3 @@ def test_a_full_cache_takes_no_more(count: int) -> None:
     cache.extend(numbers(1, 1, 4, 2), numbers(1, 1, 4, 2))
     with pytest.raises(ValueError):
         cache.extend(numbers(1, 1, count, 2), numbers(1, 1, count, 2))
-
-
-# -- parameters -----------------------------------------------------------------------------------
-
-
-def group(axis: str) -> Any:
-    return SimpleNamespace(axis=axis)
-
-
-REPLICAS, EXPERTS = group("replicas"), group("experts")
-
-
-def store_of(seed: int | None = 1) -> ParamStore:
-    return ParamStore(BACKEND, "float64", seed)
-
-
-def add(store: ParamStore, name: str, shape: tuple[int, ...], **options: Any) -> Param:
-    defaults = {"reduce_over": (REPLICAS,), "decay": True, "owner": True}
-    return store.add(name, Shard.whole(shape), Init("normal", 0.5), **{**defaults, **options})
-
-
-def test_a_name_is_given_once() -> None:
-    store = store_of()
-    add(store, "plain", (3,))
-    add(store, "tied", (3,), tied_use=0)
-    for name, options in (("plain", {}), ("plain", {"tied_use": 0}), ("tied", {})):
-        with pytest.raises(ValueError, match=name):
-            add(store, name, (3,), **options)
-    with pytest.raises(ValueError, match="tied"):
-        add(store, "tied", (4,), tied_use=1)
-
-
-def test_uses_of_a_tied_parameter_share_its_value_and_have_gradients_of_their_own() -> None:
-    store = store_of()
-    other = add(store, "other", (5,))
-    uses = [add(store, "tied", (3, 2), tied_use=use) for use in range(3)]
-    store.allocate()
-    assert [param.name for param in store.params] == ["other", "tied"]
-    assert [use.use for use in uses] == [0, 1, 2] and all(use.tied for use in uses)
-    (tied,) = (arena for arena in store.arenas if arena.tied)
-    assert tied.grads.shape == (3, tied.size)
-    for number, use in enumerate(uses):
-        use.value[0, number % 2] = 7.0 + number
-        use.grad.fill(1.0 + number)
-    for use in uses:
-        assert np.shares_memory(use.value, uses[0].value)
-        assert np.shares_memory(use.master, use.value)
-        assert (use.value == uses[0].value).all()
-    assert [use.grad.mean() for use in uses] == [1.0, 2.0, 3.0]
-    assert tied.grad.sum() == 6 * 1.0 and not other.grad.any()
-
-
-def test_a_later_use_alone_has_the_first_row() -> None:
-    """As on the last stage of a pipeline, where the embedding is on another rank."""
-    store = store_of()
-    use = add(store, "tied", (3,), tied_use=1)
-    store.allocate()
-    use.grad.fill(2.0)
-    assert store.arenas[0].grads.shape[0] == 1
-    assert store.arenas[0].grad[:3].tolist() == [2.0] * 3
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.lists(st.integers(0, 7), min_size=1, max_size=3),
-            st.booleans(),
-            st.sampled_from([(REPLICAS,), (EXPERTS,), (REPLICAS, EXPERTS)]),
-            st.booleans(),
-        ),
-        min_size=1,
-        max_size=8,
-    )
-)
-def test_the_layout_of_arenas(wanted: list[tuple[list[int], bool, Any, bool]]) -> None:
-    store = store_of()
-    params = [
-        add(store, f"p{i}", tuple(shape), decay=decay, reduce_over=over,
-            tied_use=0 if tied else None)
-        for i, (shape, decay, over, tied) in enumerate(wanted)
-    ]  # fmt: skip
-    store.allocate()
-    assert store.params == params
-    kinds = [(tuple(g.axis for g in arena.reduce_over), arena.tied) for arena in store.arenas]
-    assert len(set(kinds)) == len(kinds)
-    placed = []
-    for arena, (axes, tied) in zip(store.arenas, kinds, strict=True):
-        assert arena.value is arena.master and arena.value.shape == (arena.size,)
-        ends = [*arena.offsets[1:], arena.size]
-        decays = np.full(arena.size, -1)
-        for param, offset, end in zip(arena.params, arena.offsets, ends, strict=True):
-            assert (tuple(g.axis for g in param.reduce_over), param.tied) == (axes, tied)
-            assert offset % 16 == 0 and 0 <= end - offset - param.shard.size < 16
-            part = slice(offset, offset + param.shard.size)
-            assert param.value.shape == param.grad.shape == param.shard.local_shape
-            assert (arena.value[part] == param.value.reshape(-1)).all()
-            assert not arena.value[part.stop : end].any()
-            param.value.fill(3.0)
-            param.grad.fill(4.0)
-            assert (arena.value[part] == 3.0).all() and (arena.grad[part] == 4.0).all()
-            decays[offset:end] = param.decay
-            placed.append(param.name)
-        assert int((arena.value == 3.0).sum()) == sum(param.shard.size for param in arena.params)
-        spans = arena.spans()
-        assert [start for start, _, _ in spans] == [0, *(stop for _, stop, _ in spans[:-1])]
-        assert spans[-1][1] == arena.size
-        assert all(a[2] != b[2] for a, b in pairwise(spans))
-        for start, stop, decay in spans:
-            assert (decays[start:stop] == decay).all()
-    assert sorted(placed) == sorted(param.name for param in params)
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    st.integers(1, 4),
-    st.integers(1, 40),
-    st.data(),
-)
-def test_initial_values_of_a_shard_are_those_of_the_whole(
-    sizes: list[int], parts: int, block: int, data: st.DataObject
-) -> None:
-    shape = tuple(sizes)
-    axis = data.draw(st.integers(0, len(shape) - 1))
-
-    def values(shard: Shard) -> np.ndarray:
-        store = store_of(seed=5)
-        options: Any = {"reduce_over": (REPLICAS,), "decay": True, "owner": True}
-        store.add("before", Shard.whole((data.draw(st.integers(1, 20)),)), Init("ones"), **options)
-        param = store.add("p", shard, Init("normal", 0.5), **options)
-        store.allocate()
-        return np.asarray(param.value)
-
-    whole = values(Shard.whole(shape))
-    exact = BACKEND.random.normal_slab(fold(5, "init", "p"), shape, (0,) * len(shape), shape)
-    assert (whole == 0.5 * exact).all()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(param_module, "_INIT_BLOCK", block)
-        for index in range(parts):
-            shard = Shard.split(shape, axis, parts, index)
-            assert values(shard).tobytes() == whole[shard.slices].tobytes()
-
-
-def test_kinds_of_initial_values() -> None:
-    def values(seed: int | None, dtype: str = "float64") -> list[np.ndarray]:
-        store = ParamStore(BACKEND, dtype, seed)
-        options: Any = {"reduce_over": (REPLICAS,), "decay": True, "owner": True}
-        inits = [Init("zeros"), Init("ones"), Init("normal", 2.0), Init("normal", 2.0)]
-        params = [
-            store.add(f"p{i}", Shard.whole((500,)), init, **options) for i, init in enumerate(inits)
-        ]
-        store.allocate()
-        assert all(param.value.dtype == param.grad.dtype == dtype for param in params)
-        return [param.value for param in params]
-
-    zeros, ones, normal, other = values(3)
-    assert not zeros.any() and (ones == 1).all()
-    assert abs(normal.std() - 2.0) < 0.3 and abs(normal.mean()) < 0.4
-    assert abs(np.corrcoef(normal, other)[0, 1]) < 0.2
-    assert (values(3)[2] == normal).all() and (values(4)[2] != normal).all()
-    assert not any(value.any() for value in values(None))
-    assert (values(3, "float32")[2] == normal.astype("float32")).all()

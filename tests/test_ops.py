@@ -22,7 +22,7 @@ import mpillm.array
 from mpillm.array import ops as ops_module
 from mpillm.array.backend import Backend
 from mpillm.array.fast_numpy import FastNumpyOps
-from mpillm.array.ops import NORM_BLOCK, Ops
+from mpillm.array.ops import Ops, norm_block
 from mpillm.array.random import KeyedRandom
 
 BACKENDS = ["reference", "numpy", "strict"] + ["cupy"] * bool(importlib.util.find_spec("cupy"))
@@ -297,7 +297,9 @@ CASES: dict[str, Case] = {
     "adamw": adamw_case(TILED, 0.1, 2),
     "adamw without decay": adamw_case(50, 0.0, 1),
     "adamw of nothing": adamw_case(0, 0.1, 1),
-    "sum_of_squares": Case({"x": normal(1, 5000)}, lambda ops, x: ops.sum_of_squares(x["x"])),
+    "sum_of_squares": Case(
+        {"x": normal(1, 5000)}, lambda ops, x: (ops.sum_of_squares(x["x"], 300),)
+    ),
     **{
         f"attention, {name}": Case(attention.inputs(), attention.run)
         for name, attention in ATTENTION.items()
@@ -675,27 +677,31 @@ def test_parts_of_the_keys_add_up_to_the_whole(name: str, inner: list[int]) -> N
 # -- sums of squares ------------------------------------------------------------------------------
 
 
-def test_sums_of_squares_by_block(backend: Backend) -> None:
-    x = normal(1, 2 * NORM_BLOCK + 77).astype(np.float32)
-    blocks = backend.ops.sum_of_squares(backend.from_host(x))
-    assert all(block.shape == () and block.dtype == np.float64 for block in blocks)
-    sums = [float(backend.to_host(block)) for block in blocks]
-    ends = [0, NORM_BLOCK, 2 * NORM_BLOCK, x.size]
-    exact = [float((x[a:b].astype(float) ** 2).sum()) for a, b in pairwise(ends)]
-    assert sums == pytest.approx(exact, rel=1e-12)
-    assert backend.ops.sum_of_squares(backend.from_host(x[:0])) == []
+@pytest.mark.parametrize(("size", "block"), [(700, 16), (64, 16), (9, 16), (600_000, 586), (0, 16)])
+def test_sums_of_squares_by_block(backend: Backend, size: int, block: int) -> None:
+    x = normal(1, size).astype(np.float32)
+    sums = backend.to_host(backend.ops.sum_of_squares(backend.from_host(x), block))
+    assert sums.dtype == np.float64
+    exact = [float((x[a : a + block].astype(float) ** 2).sum()) for a in range(0, size, block)]
+    assert sums.tolist() == pytest.approx(exact, rel=1e-12)
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 40), st.integers(0, 200), st.integers(1, 200))
+@given(st.integers(0, 3), st.integers(0, 300), st.integers(1, 200))
 def test_a_sum_of_squares_depends_on_its_block_alone(before: int, after: int, size: int) -> None:
     block = normal(7, size).astype(np.float32)
-    whole = np.concatenate(
-        [normal(8, before).astype(np.float32), block, np.ones(after, np.float32)]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops_module, "NORM_BLOCK", size)
-        held = REFERENCE.sum_of_squares(whole[before:])
-        (alone,) = REFERENCE.sum_of_squares(block)
-    assert held[0].tobytes() == alone.tobytes()
-    assert len(held) == -(-(size + after) // size)
+    ahead = normal(8, before * size).astype(np.float32)
+    whole = np.concatenate([ahead, block, np.ones(after, np.float32)])
+    held = REFERENCE.sum_of_squares(whole, size)
+    (alone,) = REFERENCE.sum_of_squares(block, size)
+    assert held[before].tobytes() == alone.tobytes()
+    assert len(held) == before + -(-(size + after) // size)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1,), (15,), (17,), (1024 * 16,), (50257, 768), (3, 12, 64, 768)]
+)
+def test_the_blocks_of_a_parameter_are_few_and_not_tiny(shape: tuple[int, ...]) -> None:
+    block, size = norm_block(shape), math.prod(shape)
+    assert block >= 16 and -(-size // block) <= 1024
+    assert block == 16 or -(-size // block) > 1000

@@ -13,17 +13,22 @@ from types import ModuleType
 from typing import Any
 
 from mpillm.array.random import KeyedRandom
+from mpillm.array.routing import RoutingOps
 
-__all__ = ["Ops"]
+__all__ = ["Ops", "norm_block"]
 
-# Elements in a block whose squares are summed in one go, see `sum_of_squares`.
-NORM_BLOCK = 1 << 20
+# Blocks of a parameter whose squares are summed in one go, at most, and elements of one, at least.
+_NORM_BLOCKS = 1024
+_NORM_BLOCK = 16
+
+# Elements that are squared in float64 at once.
+_SQUARES = 1 << 18
 
 _GELU_A = math.sqrt(2.0 / math.pi)
 _GELU_B = 0.044715
 
 
-class Ops:
+class Ops(RoutingOps):
     """The operations on the arrays of one library; tuned versions override single ones."""
 
     def __init__(self, xp: ModuleType) -> None:
@@ -154,7 +159,20 @@ class Ops:
         """
         xp = self.xp
         b, h, tq, e = q.shape
-        mask = self._attention_mask(q_index, k_index, q_document, k_document, causal)
+        saved = self.attention_saved(
+            q,
+            k,
+            v,
+            q_index,
+            k_index,
+            q_document,
+            k_document,
+            causal=causal,
+            scale=scale,
+            drop=drop,
+            row_keys=row_keys,
+        )
+        mask = saved[3]
         p = self._attention_scores(q, k, scale)
         if mask is not None:
             p = xp.where(mask, p, -xp.inf)
@@ -174,8 +192,50 @@ class Ops:
             if drop > 0.0:
                 p, _ = self._attention_dropout(p, k_index, row_keys, drop)
             out = self._per_key_head(p, k.shape[1], self.matmul, v)
-        saved = (q, k, v, mask, k_index, scale, drop, row_keys)
         return out, lse, saved
+
+    def attention_saved(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        q_index: Any,
+        k_index: Any,
+        q_document: Any = None,
+        k_document: Any = None,
+        *,
+        causal: bool = True,
+        scale: float,
+        drop: float = 0.0,
+        row_keys: Any = None,
+    ) -> Any:
+        """What `attention_forward` of these arguments saves, without the pass itself.
+
+        With the `out` and `lse` over all keys this is enough for the backward pass over any part of
+        them: a ring need not keep the keys and values that came by.
+        """
+        mask = self._attention_mask(q_index, k_index, q_document, k_document, causal)
+        return q, k, v, mask, k_index, scale, drop, row_keys
+
+    def attention_merge(self, out: Any, lse: Any, part_out: Any, part_lse: Any) -> None:
+        """Fold attention over a part of the keys into that over other keys, in place.
+
+        Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", section 3.1:
+        lse = log(exp(lse) + exp(part_lse)), out = sum of both, each times exp(its lse - lse).
+
+        out, lse: (b, h, q, e) and (b, h, q), overwritten; they may be wider than the part's dtype.
+        A row that has seen no key has lse -inf and out 0, before and after.
+        """
+        xp = self.xp
+        top = xp.maximum(lse, part_lse)
+        top = xp.where(xp.isfinite(top), top, 0.0)
+        weight, part_weight = xp.exp(lse - top), xp.exp(part_lse - top)
+        total = weight + part_weight
+        seen = total > 0
+        total = xp.where(seen, total, 1.0)
+        out *= (weight / total)[..., None]
+        out += part_out * (part_weight / total)[..., None]
+        lse[...] = xp.where(seen, top + xp.log(total), -xp.inf)
 
     def attention_backward(
         self, d_out: Any, out: Any, lse: Any, saved: Any
@@ -366,14 +426,28 @@ class Ops:
 
     # -- sums ----------------------------------------------------------------------------------
 
-    def sum_of_squares(self, x: Any) -> list[Any]:
-        """Sums of squares of consecutive blocks of NORM_BLOCK elements of a flat array.
+    def sum_of_squares(self, x: Any, block: int) -> Any:
+        """Sums of squares of consecutive blocks of a flat array, float64 (blocks,).
 
-        Each is a 0-dimensional float64 whose bits depend on the block's elements alone, not on
-        what else the array holds, so that a norm can be added up in one order in every layout.
+        Each sum's bits depend on the block's elements alone, not on what else the array holds, so
+        that a norm can be added up in one order in every layout. The last block may be shorter.
         """
         xp = self.xp
-        return [
-            xp.square(x[start : start + NORM_BLOCK].astype(xp.float64)).sum()
-            for start in range(0, x.size, NORM_BLOCK)
-        ]
+        sums = xp.zeros((-(-x.size // block),), dtype=xp.float64)
+        whole, at_once = x.size // block, max(1, _SQUARES // block)
+        for low in range(0, whole, at_once):
+            high = min(low + at_once, whole)
+            rows = x[low * block : high * block].reshape(-1, block).astype(xp.float64)
+            sums[low:high] = xp.square(rows).sum(axis=1)
+        if x.size % block:
+            sums[whole:] = xp.square(x[whole * block :].astype(xp.float64)).sum()
+        return sums
+
+
+def norm_block(shape: tuple[int, ...]) -> int:
+    """Elements in a block of `Ops.sum_of_squares`, for a parameter of this global shape.
+
+    Parts of a parameter that ZeRO deals out begin at blocks, too: they are small enough for even
+    parts, and few enough to be added up over the ranks.
+    """
+    return max(_NORM_BLOCK, -(-math.prod(shape) // _NORM_BLOCKS))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mpillm.array.backend import Array, Backend
+if TYPE_CHECKING:
+    from mpillm.array.backend import Array, Backend
 
 __all__ = ["Pool"]
 

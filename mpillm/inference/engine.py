@@ -1,27 +1,27 @@
-"""Generation from a trained run, on one process or with the model cut over the tensor group."""
+"""Generation from a trained run, under any layout that a run can be trained in."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpillm.array.backend import Array, Backend
+from mpillm.array.backend import Backend
 from mpillm.array.random import fold
 from mpillm.checkpoint.reader import Checkpoint
 from mpillm.checkpoint.verify import resolve
 from mpillm.config import from_table
 from mpillm.data.tokenizer import load_tokenizer
 from mpillm.errors import UserError
+from mpillm.inference.decoding import Decoding
+from mpillm.inference.loading import load
 from mpillm.inference.sampling import sample
-from mpillm.models.model import build_stage
+from mpillm.inference.settings import GenerateConfig
 from mpillm.models.settings import ModelSettings, build_model
-from mpillm.nn.layer import Micro
-from mpillm.nn.stage import Stage
 from mpillm.parallel.launch import agree, start
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder
@@ -45,34 +45,51 @@ class Sampling:
 
 
 class Engine:
-    """A trained model, ready to generate. All calls are collective over the communicator."""
+    """A trained model, ready to generate. All calls are collective over the communicator.
 
-    def __init__(self, checkpoint: Checkpoint, comm: Comm, backend: Backend) -> None:
-        """Load the weights, whatever layout wrote them, cut over all ranks of `comm`."""
+    The rows of a call are shared out over the data and expert ranks. Each of them computes equally
+    many, some for nothing where the numbers do not divide: ranks that share weights or experts must
+    make the same calls. What is drawn for a row is a function of its number and not of the layout.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        comm: Comm,
+        backend: Backend,
+        layout: ParallelSettings | None = None,
+    ) -> None:
+        """Load the weights, whatever layout wrote them, for this one of all ranks of `comm`.
+
+        layout: by default all ranks share each layer's products (tensor parallelism). UserError for
+        one that fits neither the ranks nor the model.
+        """
         settings = checkpoint.manifest.settings
         model_settings = from_table(ModelSettings, settings["model"])
         model = build_model(model_settings)
+        layout = ParallelSettings(tensor=comm.size) if layout is None else layout
         self._context: int = model_settings.context
+        self._vocabulary: int = model_settings.vocabulary
+        self._dtype = backend.dtype(settings["train"]["dtype"])
         self._backend = backend
-        self._mesh = Mesh(
-            comm, fit(ParallelSettings(tensor=comm.size), comm.size), backend, Recorder()
-        )
-        model.check_layout(self._mesh)
-        dtype = backend.dtype(settings["train"]["dtype"])
-        with agree(comm):
-            self._stage = build_stage(model, backend, self._mesh, dtype, seed=None)
-            load_weights(self._stage, checkpoint, backend)
+        self._mesh = Mesh(comm, fit(layout, comm.size), backend, Recorder())
+        try:
+            with agree(comm):
+                self._pipeline = load(model, checkpoint, self._mesh, backend, self._dtype)
+        except UserError:  # raised by all ranks alike
+            self._mesh.free()
+            raise
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits (b, t, v) after every token of (b, t) token ids; t may not exceed the context."""
-        micro = Micro(
-            tokens=self._backend.from_host(tokens),
-            index=self._backend.xp.arange(tokens.shape[1]),
-            samples=self._backend.xp.arange(tokens.shape[0]),
-            want="logits",
-        )
-        (logits,), _ = self._stage.forward((), micro)
-        return self._backend.to_host(logits)
+        b, t = tokens.shape
+        numbers = self._numbers(b)
+        # What stands in the rows beyond b is given to nobody.
+        mine = tokens[np.minimum(numbers, b - 1)]
+        logits = Decoding(self._pipeline, numbers.size, t).read(mine, "logits")
+        if logits is None:
+            logits = np.empty((numbers.size, t, self._vocabulary), self._dtype)
+        return self._gather(self._broadcast(logits))[:b]
 
     def generate(
         self, prompt: Sequence[int], count: int, samples: int, sampling: Sampling
@@ -82,51 +99,68 @@ class Engine:
         Keys and values of earlier tokens are kept. When the model's context is full, the older
         half of the text is forgotten and the rest is read anew.
         """
-        text = np.tile(np.asarray(prompt, dtype=np.int64), (samples, 1))[:, -self._context :]
-        drawn = np.empty((samples, count), dtype=np.int64)
-        state, length, unread = self._stage.new_state(samples, self._context), 0, text
-        for place in range(count):
-            if length + unread.shape[1] > self._context:
-                unread = text[:, -max(1, self._context // 2) :]
-                state, length = self._stage.new_state(samples, self._context), 0
-            logits = self._read(unread, length, state)
-            length += unread.shape[1]
-            for row in range(samples):
-                drawn[row, place] = sample(
-                    logits[row],
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
-                    greedy=sampling.greedy,
-                    key=fold(sampling.seed, "generate", row, place),
-                )
-            unread = drawn[:, place : place + 1]
-            text = np.concatenate([text, unread], axis=1)
-        return drawn
+        numbers = self._numbers(samples)
+        begin, end = len(prompt), len(prompt) + count
+        text = np.empty((numbers.size, end), dtype=np.int64)
+        text[:, :begin] = prompt
+        decoding = Decoding(self._pipeline, numbers.size, min(end, self._context))
+        unread = max(0, begin - self._context)  # where that which was not read yet begins
+        for place in range(begin, end):
+            if decoding.length + place - unread > self._context:
+                decoding.forget()
+                unread = place - max(1, self._context // 2)
+            logits = decoding.read(text[:, unread:place], "last_logits")
+            unread = place
+            text[:, place] = self._draw(logits, numbers, place - begin, sampling)
+        return self._gather(text[:, begin:])[:samples]
 
     def free(self) -> None:
         """Give the communicators back."""
         self._mesh.free()
 
-    def _read(self, tokens: np.ndarray, start: int, state: dict[str, Any]) -> np.ndarray:
-        """Logits (b, v) after the last of `tokens` (b, t), which stand at `start` and after."""
-        xp = self._backend.xp
-        micro = Micro(
-            tokens=self._backend.from_host(tokens),
-            index=xp.arange(start, start + tokens.shape[1]),
-            samples=xp.arange(tokens.shape[0]),
-            want="last_logits",
-            state=state,
-        )
-        (logits,), _ = self._stage.forward((), micro)
-        return self._backend.to_host(logits)[:, 0]
+    def _numbers(self, rows: int) -> np.ndarray:
+        """Numbers of the rows that this rank computes, as many as every other one."""
+        share = -(-rows // self._mesh.batch.size)
+        return np.arange(share) + share * self._mesh.batch.rank
 
+    def _draw(
+        self, logits: np.ndarray | None, numbers: np.ndarray, place: int, sampling: Sampling
+    ) -> np.ndarray:
+        """The token after `place` others that each row goes on with, int64 (rows,)."""
+        drawn = np.zeros(numbers.size, dtype=np.int64)
+        mesh = self._mesh
+        if logits is not None and mesh.tensor.rank == mesh.context.rank == 0:
+            drawn[:] = [
+                sample(
+                    logits[row, 0],
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    greedy=sampling.greedy,
+                    key=fold(sampling.seed, "generate", number, place),
+                )
+                for row, number in enumerate(numbers.tolist())
+            ]
+        return self._broadcast(drawn)
 
-def load_weights(stage: Stage, checkpoint: Checkpoint, backend: Backend) -> None:
-    """Fill in this rank's shards from the pieces that overlap them."""
-    for param in stage.store.params:
-        values: Array = checkpoint.read("parameter", param.name, param.shard)
-        param.master[...] = backend.from_host(values.astype(param.master.dtype, copy=False))
+    def _broadcast(self, values: np.ndarray) -> np.ndarray:
+        """The values of the first of the last stage's ranks, on all ranks that have the same rows.
+
+        Each of them may have rounded differently, and a token that differs on one of them would
+        leave a row with two texts.
+        """
+        mesh, array = self._mesh, self._backend.from_host(values)
+        for group, root in ((mesh.tensor, 0), (mesh.context, 0), (mesh.pipe, mesh.pipe.size - 1)):
+            group.broadcast(array, root)
+        return self._backend.to_host(array)
+
+    def _gather(self, mine: np.ndarray) -> np.ndarray:
+        """The rows (all, ...) of all ranks from each one's (rows, ...)."""
+        batch = self._mesh.batch
+        array = self._backend.from_host(np.ascontiguousarray(mine))
+        whole = self._backend.empty((batch.size * mine.shape[0], *mine.shape[1:]), array.dtype)
+        batch.allgather(array.reshape(-1), whole.reshape(-1))
+        return self._backend.to_host(whole)
 
 
 def generate(
@@ -140,15 +174,17 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     greedy: bool = False,
+    parallel: ParallelSettings | Mapping[str, Any] | None = None,
     backend: str = "numpy",
     comm: Comm | None = None,
 ) -> list[str]:
     """Continue `prompt` with the newest checkpoint of a run; returns `num_samples` texts.
 
-    run: a run folder or one checkpoint of it. Every rank of `comm` (default: all of MPI's world)
-    calls, and every rank gets the same texts, which begin with the prompt. The result does not
-    depend on the number of ranks, up to the rounding of sums. UserError for a run or a prompt that
-    does not work.
+    run: a run folder or one checkpoint of it. parallel: the layout of the ranks, by default tensor
+    parallelism over all. Every rank of `comm` (default: all of MPI's world) calls, and every rank
+    gets the same texts, which begin with the prompt. They do not depend on the number of ranks nor
+    on their layout, up to the rounding of sums. UserError for a run, a prompt or a layout that does
+    not work.
     """
     comm = start() if comm is None else comm
     with agree(comm):
@@ -163,7 +199,9 @@ def generate(
             raise UserError("--prompt: the text is empty; expected at least one character")
         ids = tokenizer.encode(prompt)
         _check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples)
-    engine = Engine(checkpoint, comm, Backend.create(backend))
+        if isinstance(parallel, Mapping):
+            parallel = from_table(GenerateConfig, {"parallel": parallel}).parallel
+    engine = Engine(checkpoint, comm, Backend.create(backend), parallel)
     sampling = Sampling(temperature, top_k, top_p, greedy, seed)
     drawn = engine.generate(ids.tolist(), max_new_tokens, num_samples, sampling)
     engine.free()

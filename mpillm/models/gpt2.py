@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from mpillm.errors import UserError
-from mpillm.models.model import Model, Unit
+from mpillm.models.model import Model, Spec, Unit
 from mpillm.models.settings import ModelSettings
 from mpillm.nn.attention import SelfAttention
 from mpillm.nn.block import PreNormBlock
@@ -20,6 +20,8 @@ from mpillm.nn.head import LanguageModelHead
 from mpillm.nn.layer import Build, Layer, Micro
 from mpillm.nn.mlp import MLP
 from mpillm.nn.norm import LayerNorm
+from mpillm.nn.recompute import recomputed
+from mpillm.nn.rows import SharedRows
 
 __all__ = ["Settings", "build"]
 
@@ -72,18 +74,20 @@ def build(settings: Settings) -> Model:
         name = f"block.{number:03d}"
 
         def layer(build: Build) -> Layer:
-            return PreNormBlock(
-                norm(build, f"{name}.norm1"),
-                SelfAttention(
-                    build,
-                    f"{name}.attention",
-                    s.width,
-                    s.heads,
-                    bias=s.bias,
-                    std=s.init_std,
-                    out_std=out_std,
-                    drop=s.dropout,
-                ),
+            norm1 = norm(build, f"{name}.norm1")
+            attention = SelfAttention(
+                build,
+                f"{name}.attention",
+                s.width,
+                s.heads,
+                bias=s.bias,
+                std=s.init_std,
+                out_std=out_std,
+                drop=s.dropout,
+            )
+            block = PreNormBlock(
+                norm1,
+                recomputed(build, "attention", attention),
                 norm(build, f"{name}.norm2"),
                 MLP(
                     build,
@@ -96,6 +100,7 @@ def build(settings: Settings) -> Model:
                     drop=s.dropout,
                 ),
             )
+            return recomputed(build, "block", block)
 
         products = 12 * s.width * s.width
         scores = s.context * s.width  # half of the keys are visible, two products
@@ -106,8 +111,8 @@ def build(settings: Settings) -> Model:
             build, norm(build, "head.norm"), s.vocabulary, s.width, std=s.init_std, tied=s.tied
         )
 
-    def boundary(micro: Micro, dtype: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
-        return (((*micro.shape, s.width), dtype),)
+    def boundary(micro: Micro, dtype: Any, rows: SharedRows) -> tuple[Spec, ...]:
+        return ((rows.shape(*micro.shape, s.width), dtype),)
 
     units = (
         # Rows are copied, not multiplied: a few operations a feature.

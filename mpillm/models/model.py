@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from mpillm.errors import UserError
-from mpillm.nn.layer import Build, Layer, Micro
-from mpillm.nn.stage import Stage
+from mpillm.nn.layer import Build, Layer, Micro, Recomputed
 from mpillm.nn.param import ParamStore
+from mpillm.nn.stage import Stage
 
 if TYPE_CHECKING:
     from mpillm.array.backend import Backend
+    from mpillm.nn.rows import SharedRows
     from mpillm.parallel.mesh import Mesh
+    from mpillm.parallel.progress import Progress
+    from mpillm.parallel.settings import ParallelSettings
 
-__all__ = ["Model", "Unit", "build_stage", "partition"]
+__all__ = ["Model", "Spec", "Unit", "build_stages", "partition"]
 
 Spec = tuple[tuple[int, ...], Any]
 
@@ -37,13 +40,16 @@ class Model:
     """A model as settings describe it.
 
     units: its layers from tokens to loss; a pipeline may be cut between any two. boundary: shapes
-    and dtypes of the arrays that cross a cut for a micro-batch. axes: the mesh axes it can use.
+    and dtypes of the arrays that cross a cut for a micro-batch, by the dtype of activations and how
+    tensor ranks share out rows. axes: the mesh axes it can use. why_not: of axes that it cannot
+    use, why, where there is more to say.
     """
 
     family: str
     units: tuple[Unit, ...]
-    boundary: Callable[[Micro, Any], tuple[Spec, ...]]
+    boundary: Callable[[Micro, Any, SharedRows], tuple[Spec, ...]]
     axes: frozenset[str]
+    why_not: Mapping[str, str] = field(default_factory=dict)
 
     def check_layout(self, mesh: Mesh) -> None:
         """UserError when the mesh has an axis that this model cannot use, or too many stages."""
@@ -52,16 +58,30 @@ class Model:
             size = getattr(layout, axis)
             if size > 1 and axis not in self.axes:
                 valid = ", ".join(sorted(self.axes))
-                raise UserError(
-                    f"parallel.{axis} = {size}: family {self.family!r} runs over {valid} only; "
-                    f"set parallel.{axis} = 1"
-                )
-        if layout.pipe > len(self.units):
+                why = self.why_not.get(axis, f"family {self.family!r} runs over {valid} only")
+                raise UserError(f"parallel.{axis} = {size}: {why}; set parallel.{axis} = 1")
+        stages, units = layout.pipe * layout.chunks, self.units
+        if stages > len(units):
+            chunks = f", parallel.chunks = {layout.chunks}" if layout.chunks > 1 else ""
             raise UserError(
-                f"parallel.pipe = {layout.pipe}: the model can be cut into at most "
-                f"{len(self.units)} stages ({self.units[0].name} ... {self.units[-1].name}); "
-                f"set parallel.pipe <= {len(self.units)}"
+                f"parallel.pipe = {layout.pipe}{chunks}: the model can be cut into at most "
+                f"{len(units)} stages ({units[0].name} ... {units[-1].name}); "
+                f"set parallel.pipe <= {len(units) // layout.chunks}"
             )
+        self.cuts(layout)
+
+    def cuts(self, layout: ParallelSettings) -> list[tuple[int, int]]:
+        """(start, stop) of the units of every stage: as the settings say, or balanced by cost."""
+        stages, count = layout.pipe * layout.chunks, len(self.units)
+        if not layout.boundaries:
+            return partition(tuple(unit.cost for unit in self.units), stages)
+        ends = (0, *layout.boundaries, count)
+        if any(a >= b for a, b in pairwise(ends)):
+            raise UserError(
+                f"parallel.boundaries = {list(layout.boundaries)}: expected ascending layers from "
+                f"1 to {count - 1} ({self.units[1].name} ... {self.units[-1].name})"
+            )
+        return list(pairwise(ends))
 
 
 def partition(costs: tuple[float, ...], stages: int) -> list[tuple[int, int]]:
@@ -101,12 +121,29 @@ def partition(costs: tuple[float, ...], stages: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def build_stage(model: Model, backend: Backend, mesh: Mesh, dtype: Any, seed: int | None) -> Stage:
-    """This rank's stage, with its parameters allocated, and initialized unless seed is None."""
-    cuts = partition(tuple(unit.cost for unit in model.units), mesh.pipe.size)
-    start, stop = cuts[mesh.pipe.rank]
-    store = ParamStore(backend, dtype, seed)
-    build = Build(backend, mesh, store)
-    layers = [unit.build(build) for unit in model.units[start:stop]]
-    store.allocate()
-    return Stage(layers, store)
+def build_stages(
+    model: Model,
+    backend: Backend,
+    mesh: Mesh,
+    dtype: Any,
+    seed: int | None,
+    *,
+    recompute: Recomputed = "none",
+    progress: Progress | None = None,
+) -> list[Stage]:
+    """This rank's stages, by chunk, with their parameters allocated.
+
+    seed: of the initial weights; None for weights that are loaded. recompute: what is computed anew
+    in the backward pass. progress: drives the gathering of sharded weights.
+    """
+    cuts, pipe, stages = model.cuts(mesh.layout), mesh.pipe, []
+    for start, stop in cuts[pipe.rank :: pipe.size]:
+        store = ParamStore(backend, dtype, seed, zero=mesh.layout.zero, progress=progress)
+        build = Build(backend, mesh, store, recompute)
+        layers = []
+        for unit in model.units[start:stop]:
+            layers.append(unit.build(build))
+            store.next_layer()
+        store.allocate()
+        stages.append(Stage(layers, store))
+    return stages

@@ -10,7 +10,10 @@ __all__ = ["PreNormBlock"]
 
 
 class PreNormBlock(Layer):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)). Takes and gives (b, t, d)."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)).
+
+    Takes and gives this rank's rows, (b, t, d) or (rows, d), see `mpillm.nn.rows`.
+    """
 
     def __init__(self, norm1: Layer, attention: Layer, norm2: Layer, mlp: Layer) -> None:
         self.norm1 = norm1
@@ -19,7 +22,7 @@ class PreNormBlock(Layer):
         self.mlp = mlp
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """x (b, t, d) -> y (b, t, d)."""
+        """This rank's rows of x -> those of y."""
         saved = []
         for norm, branch in ((self.norm1, self.attention), (self.norm2, self.mlp)):
             hidden, saved_norm = norm.forward(inputs, micro)

@@ -14,14 +14,15 @@ class Dropout(Layer):
 
     def __init__(self, build: Build, name: str, drop: float) -> None:
         self._backend = build.backend
+        self._rows = build.rows
         self._name = name
         self._drop = drop
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """x (b, t, d) -> y (b, t, d)."""
+        """This rank's rows of x -> those of y."""
         if not micro.training or self._drop == 0.0:
             return inputs, None
-        keys = row_keys(self._backend, micro, self._name)
+        keys = self._rows.take(row_keys(self._backend, micro, self._name))
         y, saved = self._backend.ops.dropout_forward(inputs[0], keys, self._drop)
         return (y,), saved
 

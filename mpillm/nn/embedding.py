@@ -30,7 +30,10 @@ def token_table(
 
 
 class Embedding(Layer):
-    """x = tokens[token] + positions[index], with dropout. Takes nothing; gives x (b, t, d)."""
+    """x = tokens[token] + positions[index], with dropout.
+
+    Takes nothing; gives this rank's rows of x, (b, t, d) or (rows, d), see `mpillm.nn.rows`.
+    """
 
     def __init__(
         self,
@@ -43,8 +46,8 @@ class Embedding(Layer):
         drop: float,
         tied: bool,
     ) -> None:
-        self._ops = build.backend.ops
-        self._tensor = build.mesh.tensor
+        self._backend = build.backend
+        self._rows = build.rows
         self.tokens = token_table(build, vocabulary, width, std, 0 if tied else None)
         self.positions = build.store.add(
             "embedding.positions",
@@ -52,24 +55,29 @@ class Embedding(Layer):
             Init("normal", std),
             reduce_over=(build.mesh.replicas,),
             decay=True,
-            owner=self._tensor.rank == 0,
+            owner=build.mesh.tensor.rank == 0,
         )
         self._dropout = Dropout(build, "embedding", drop)
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """() -> x (b, t, d)."""
+        """() -> this rank's rows of x."""
+        ops, rows, index = self._backend.ops, self._rows, micro.index
         first = self.tokens.shard.start[0]
-        x = self._ops.embedding_forward(self.tokens.value, micro.tokens, first)
-        self._tensor.allreduce(x)
-        x += self._ops.embedding_forward(self.positions.value, micro.index)
+        x = rows.sum(ops.embedding_forward(self.tokens.value, micro.tokens, first))
+        if rows.shared:
+            index = rows.take(self._backend.xp.broadcast_to(index, micro.shape))
+        x += ops.embedding_forward(self.positions.value, index)
         return self._dropout.forward((x,), micro)
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
-        """dx -> ()."""
-        (dx,) = self._dropout.backward(d_outputs, saved, micro)
-        tokens, positions, ops = self.tokens, self.positions, self._ops
+        """This rank's rows of dx -> ()."""
+        (d_rows,) = self._dropout.backward(d_outputs, saved, micro)
+        tokens, positions, ops = self.tokens, self.positions, self._backend.ops
 
         def add_gradients() -> None:
+            # Gathered here, so that work that is put off holds this rank's rows only. Every rank
+            # has the positions' whole gradient then, and no sum over the ranks is needed.
+            dx = self._rows.gather(d_rows, *micro.shape)
             ops.embedding_backward(dx, micro.tokens, tokens.grad, tokens.shard.start[0])
             # One index for all sequences: their gradients are added before the rows are looked up.
             by_index = dx.sum(axis=0) if micro.index.ndim == 1 else dx

@@ -26,8 +26,9 @@ _CHUNK = 1 << 22
 class LanguageModelHead(Layer):
     """Final norm, projection and loss.
 
-    Takes x (b, t, d). Gives, by `micro.want`, the summed loss of the counted tokens as a
-    0-dimensional float64, or all logits (b, t, v), or those of the last token (b, 1, v).
+    Takes this rank's rows of x, (b, t, d) or (rows, d), see `mpillm.nn.rows`. Gives, by
+    `micro.want`, the summed loss of the counted tokens as a 0-dimensional float64, or all logits
+    (b, t, v), or those of the last token (b, 1, v).
 
     norm: the final norm. tied: the projection is the embedding's table, else a weight of its own.
     """
@@ -38,6 +39,7 @@ class LanguageModelHead(Layer):
         tensor = build.mesh.tensor
         self._backend = build.backend
         self._tensor = tensor
+        self._rows = build.rows
         self._norm = norm
         self._vocabulary = vocabulary
         if tied:
@@ -54,13 +56,11 @@ class LanguageModelHead(Layer):
         self._first = self.weight.shard.start[0]
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """x (b, t, d) -> (loss,) or (logits,)."""
-        if micro.want == "last_logits":
-            inputs = (inputs[0][:, -1:],)
-        (y,), saved_norm = self._norm.forward(inputs, micro)
+        """This rank's rows of x -> (loss,) or (logits,)."""
         if micro.want != "loss":
-            return (self._all_logits(y),), None
-        y_nd = y.reshape(-1, y.shape[-1])
+            return (self._all_logits(inputs[0], micro),), None
+        (y,), saved_norm = self._norm.forward(inputs, micro)
+        y_nd = self._all_rows(y, micro)
         labels_n, mask_n = micro.labels.reshape(-1), micro.mask.reshape(-1)
         total, sums = self._backend.zeros((), "float64"), []
         for rows in self._chunks(y_nd.shape[0]):
@@ -68,12 +68,13 @@ class LanguageModelHead(Layer):
             loss_n = (self._backend.xp.log(exp_sum) - target) * mask_n[rows]
             total += loss_n.sum(dtype="float64")
             sums.append((row_max, exp_sum))
-        return (total,), (saved_norm, y_nd, sums) if micro.training else None
+        return (total,), (saved_norm, y, sums) if micro.training else None
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
-        """(the derivative of the step's loss by a token's loss, a float) -> dx (b, t, d)."""
+        """(the derivative of the step's loss by a token's loss, a float) -> this rank's dx."""
         (scale,) = d_outputs
-        saved_norm, y_nd, sums = saved
+        saved_norm, y, sums = saved
+        y_nd = self._all_rows(y, micro)
         labels_n, weight_n = micro.labels.reshape(-1), micro.mask.reshape(-1) * scale
         dy_nd = self._backend.empty(y_nd.shape, y_nd.dtype)
         ops, weight = self._backend.ops, self.weight
@@ -90,9 +91,12 @@ class LanguageModelHead(Layer):
                 ops.matmul(d_logits.T, y_nd[rows], out=weight.grad, accumulate=True)
 
             micro.gradients.add((weight,), add_gradients)
-        self._tensor.allreduce(dy_nd)
-        b, t = micro.shape
-        return self._norm.backward((dy_nd.reshape(b, t, -1),), saved_norm, micro)
+        dy = self._rows.sum(dy_nd.reshape(*micro.shape, -1))
+        return self._norm.backward((dy,), saved_norm, micro)
+
+    def _all_rows(self, y: Array, micro: Micro) -> Array:
+        """(b * t, d)."""
+        return self._rows.gather(y, *micro.shape).reshape(-1, y.shape[-1])
 
     def _chunks(self, n: int) -> list[slice]:
         size = max(1, _CHUNK // max(1, self.weight.shard.local_shape[0]))
@@ -107,8 +111,12 @@ class LanguageModelHead(Layer):
         self._tensor.allreduce(sums)
         return logits, row_max, sums[0], sums[1]
 
-    def _all_logits(self, y: Array) -> Array:
+    def _all_logits(self, x: Array, micro: Micro) -> Array:
         """Logits (b, t, v) of the whole vocabulary, on every rank of the tensor group."""
+        x = self._rows.gather(x, *micro.shape)
+        if micro.want == "last_logits":  # the rows of last tokens may be another rank's
+            x = x[:, -1:]
+        (y,), _ = self._norm.forward((x,), micro)
         b, t, d = y.shape
         xp, size = self._backend.xp, self._tensor.size
         mine_vn = self._backend.ops.matmul(self.weight.value, y.reshape(-1, d).T)

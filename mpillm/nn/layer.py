@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from mpillm.nn.param import Param, ParamStore
     from mpillm.parallel.mesh import Mesh
 
-__all__ = ["Build", "GradientSink", "Keys", "Layer", "Micro", "PutOff", "row_keys"]
+__all__ = ["Build", "GradientSink", "Keys", "Layer", "Micro", "PutOff", "Recomputed", "row_keys"]
 
 Arrays = tuple[Any, ...]
+
+# What is computed anew in the backward pass, in place of being kept.
+Recomputed = Literal["none", "attention", "block"]
 
 
 class GradientSink:
@@ -111,7 +114,7 @@ class Build:
     backend: Backend
     mesh: Mesh
     store: ParamStore
-    recompute: Literal["none", "attention", "block"] = "none"
+    recompute: Recomputed = "none"
 
     @property
     def rows(self) -> SharedRows:

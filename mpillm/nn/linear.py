@@ -2,7 +2,9 @@
 
 Shoeybi et al. 2019, "Megatron-LM", section 3: a ColumnLinear followed by a RowLinear needs one sum
 over the tensor group in the forward pass, in the RowLinear, and one in the backward pass, in the
-ColumnLinear.
+ColumnLinear. With sequence parallelism (Korthikanti et al. 2022, section 4.2.2) what goes into the
+one and comes out of the other is this rank's rows: they are gathered before the product, and the
+sum is shared out. Between the two a rank holds all rows of its part of the features.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ __all__ = ["ColumnLinear", "RowLinear"]
 class ColumnLinear(Layer):
     """y = x W^T + b with the outputs cut over the tensor group.
 
-    The outputs have a shape, (3, heads, e) for example, and are cut along its axis `cut`. Takes x
-    (b, t, inputs), whole on every rank; gives this rank's part of y as (b, t, outputs of this
-    rank).
+    The outputs have a shape, (3, heads, e) for example, and are cut along its axis `cut`. Takes
+    this rank's rows of x, (b, t, inputs) or (rows, inputs), see `mpillm.nn.rows`; gives all rows of
+    its part of y, (b, t, outputs of this rank).
 
     bias_at_rest: a place on the outputs' first axis whose bias the loss does not depend on. Its
     gradient is zero, and left so: what a computed one would hold is rounding noise, which Adam
@@ -46,7 +48,7 @@ class ColumnLinear(Layer):
     ) -> None:
         mesh = build.mesh
         self._ops = build.backend.ops
-        self._tensor = mesh.tensor
+        self._rows = build.rows
         self._bias_at_rest = bias_at_rest
         shape = (*outputs, inputs)
         shard = Shard.split(shape, cut, mesh.tensor.size, mesh.tensor.rank)
@@ -73,21 +75,26 @@ class ColumnLinear(Layer):
         self.width = math.prod(self.local_outputs)
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """x (b, t, inputs) -> this rank's y (b, t, local outputs)."""
+        """This rank's rows of x -> all rows of this rank's y (b, t, local outputs)."""
         (x,) = inputs
-        x_ni = x.reshape(-1, self.inputs)
+        whole = self._rows.gather(x, *micro.shape)
+        x_ni = whole.reshape(-1, self.inputs)
         y_no = self._ops.matmul(x_ni, self.weight.value.reshape(-1, self.inputs).T)
         if self.bias is not None:
             y_no += self.bias.value.reshape(-1)
-        return (y_no.reshape(*x.shape[:-1], self.width),), x_ni if micro.training else None
+        return (y_no.reshape(*whole.shape[:-1], self.width),), x if micro.training else None
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
-        """dy of this rank's outputs -> dx, summed over the tensor group."""
+        """All rows of dy of this rank's outputs -> its rows of dx, summed over the ranks."""
         (dy,) = d_outputs
-        x_ni, weight, bias, ops = saved, self.weight, self.bias, self._ops
-        dy_no = dy.reshape(x_ni.shape[0], self.width)
+        x, weight, bias, ops = saved, self.weight, self.bias, self._ops
+        dy_no = dy.reshape(math.prod(dy.shape[:-1]), self.width)
 
         def add_gradients() -> None:
+            # The rows are gathered anew here and not before: work that is put off then holds this
+            # rank's rows only, without which zero bubble would cost the memory that sharing them
+            # saves. Tensor ranks run the same program, so they come to it in the same order.
+            x_ni = self._rows.gather(x, *micro.shape).reshape(-1, self.inputs)
             grad_oi = weight.grad.reshape(-1, self.inputs)
             ops.matmul(dy_no.T, x_ni, out=grad_oi, accumulate=True)
             if bias is not None:
@@ -95,8 +102,7 @@ class ColumnLinear(Layer):
 
         micro.gradients.add((weight,) if bias is None else (weight, bias), add_gradients)
         dx_ni = ops.matmul(dy_no, weight.value.reshape(-1, self.inputs))
-        self._tensor.allreduce(dx_ni)
-        return (dx_ni.reshape(*dy.shape[:-1], self.inputs),)
+        return (self._rows.sum(dx_ni.reshape(*dy.shape[:-1], self.inputs)),)
 
     def _add_bias_gradient(self, dy_no: Array, bias: Param) -> None:
         if self._bias_at_rest is None:
@@ -113,8 +119,9 @@ class ColumnLinear(Layer):
 class RowLinear(Layer):
     """y = x W^T + b with the inputs cut over the tensor group.
 
-    The inputs have a shape, (heads, e) for example, cut along its axis `cut`. Takes this rank's
-    part of x (b, t, inputs of this rank); gives y (b, t, outputs), whole on every rank.
+    The inputs have a shape, (heads, e) for example, cut along its axis `cut`. Takes all rows of
+    this rank's part of x, (b, t, inputs of this rank); gives this rank's rows of y, (b, t, outputs)
+    or (rows, outputs), see `mpillm.nn.rows`.
     """
 
     def __init__(
@@ -130,7 +137,7 @@ class RowLinear(Layer):
     ) -> None:
         mesh = build.mesh
         self._ops = build.backend.ops
-        self._tensor = mesh.tensor
+        self._rows = build.rows
         shard = Shard.split((outputs, *inputs), 1 + cut, mesh.tensor.size, mesh.tensor.rank)
         self.weight = build.store.add(
             f"{name}.weight",
@@ -142,7 +149,8 @@ class RowLinear(Layer):
         )
         self.bias = None
         if bias:
-            # Added after the sum, on every rank alike, and so counted on one.
+            # Added after the sum, on every rank alike, and so counted on one. Its gradient is that
+            # of all rows on every rank, as dy is gathered anyway, and needs no sum over them.
             self.bias = build.store.add(
                 f"{name}.bias",
                 Shard.whole((outputs,)),
@@ -155,20 +163,20 @@ class RowLinear(Layer):
         self.width = math.prod(shard.local_shape[1:])
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """This rank's x (b, t, local inputs) -> y (b, t, outputs), summed over the tensor group."""
+        """All rows of this rank's x (b, t, local inputs) -> its rows of y, summed over ranks."""
         (x,) = inputs
         # Where this rank has no input, b*t cannot be inferred from x, which is empty.
         x_ni = x.reshape(math.prod(x.shape[:-1]), self.width)
         y_no = self._ops.matmul(x_ni, self.weight.value.reshape(self.outputs, self.width).T)
-        self._tensor.allreduce(y_no)
+        y = self._rows.sum(y_no.reshape(*x.shape[:-1], self.outputs))
         if self.bias is not None:
-            y_no += self.bias.value
-        return (y_no.reshape(*x.shape[:-1], self.outputs),), x_ni if micro.training else None
+            y += self.bias.value
+        return (y,), x_ni if micro.training else None
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
-        """dy -> dx of this rank's inputs."""
-        (dy,) = d_outputs
+        """This rank's rows of dy -> all rows of dx of this rank's inputs."""
         x_ni, weight, bias, ops = saved, self.weight, self.bias, self._ops
+        dy = self._rows.gather(d_outputs[0], *micro.shape)
         dy_no = dy.reshape(-1, self.outputs)
 
         def add_gradients() -> None:

@@ -12,7 +12,10 @@ __all__ = ["MLP"]
 
 
 class MLP(Layer):
-    """y = dropout(W2 gelu(W1 x)). Takes x and gives y, both (b, t, d) and whole on every rank."""
+    """y = dropout(W2 gelu(W1 x)).
+
+    Takes this rank's rows of x and gives those of y, (b, t, d) or (rows, d), see `mpillm.nn.rows`.
+    """
 
     def __init__(
         self,
@@ -32,7 +35,7 @@ class MLP(Layer):
         self._dropout = Dropout(build, f"{name}.down", drop)
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """x (b, t, d) -> y (b, t, d)."""
+        """This rank's rows of x -> those of y."""
         (x,), saved_up = self.up.forward(inputs, micro)
         x, saved_gelu = self._ops.gelu_forward(x)
         (x,), saved_down = self.down.forward((x,), micro)

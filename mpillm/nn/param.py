@@ -1,24 +1,33 @@
 """Parameters and the flat arenas that their values and gradients lie in.
 
 A layer asks its stage's `ParamStore` for each parameter's shard at construction; when all layers of
-the stage are built, `allocate` lays the parameters out in arenas, one for each set of reduction
-groups, and computes the initial values of what this rank owns. Reduction, clipping, the optimizer
-and checkpoints then work on long contiguous arrays.
+the stage are built, `allocate` lays the parameters out in arenas and computes the initial values of
+what this rank owns. An arena holds the parameters of one layer that are reduced over the same
+groups: it is what reduction, clipping, ZeRO, the optimizer and checkpoints work on, a long
+contiguous array.
+
+ZeRO (Rajbhandari et al. 2020) shares out arenas over the ranks that hold the same parameters: stage
+1 the optimizer's work and state, stage 2 also the gradients, stage 3 also the weights, which are
+then there between `acquire` and `release` only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from mpillm.array.pool import Pool
 from mpillm.array.random import fold
+from mpillm.nn.arena import Arena, cut_into_parts
+from mpillm.parallel.progress import Progress
 from mpillm.parallel.shard import Shard
 
 if TYPE_CHECKING:
     from mpillm.array.backend import Array, Backend
     from mpillm.parallel.group import Group
 
-__all__ = ["Arena", "Init", "Param", "ParamStore"]
+__all__ = ["Init", "Param", "ParamStore"]
 
 # Parameters begin at multiples of this many elements, so that rows stay aligned to cache lines.
 _ALIGN = 16
@@ -40,14 +49,16 @@ class Param:
     """One use, by one layer, of a parameter's shard.
 
     name: the same in every layout. shard: the part that this rank holds. reduce_over: the groups
-    its gradient is summed over, in this order. decay: whether weight decay applies. owner: whether
-    this rank is the one, of those in its model replica that hold this shard, that counts it in
-    norms and writes it to checkpoints. use: a tied parameter's uses are numbered in order of their
-    layers; they share `value` and `master` and have a `grad` each.
+    its gradient is summed over, in this order; ZeRO shares it out over the first. decay: whether
+    weight decay applies. owner: whether this rank is the one, of those along the tensor and pipe
+    axes that hold this shard, that counts it in norms and writes it to checkpoints. layer: number
+    of the layer in its stage. use: a tied parameter's uses are numbered in order of their layers;
+    they share `value` and have a `grad` each.
 
-    value: the weights in the compute dtype; master: in the optimizer's dtype, the same array where
-    the two agree; grad: the sum of this use's gradients. All have the shard's local shape and are
-    views of an arena, there once the store was allocated.
+    value: the weights in the compute dtype; grad: the sum of this use's gradients. Both have the
+    shard's local shape and are views of `arena`, there once the store was allocated; `value` is
+    there between `acquire` and `release` only where weights are sharded, `grad` while a gradient is
+    being computed where gradients are.
     """
 
     name: str
@@ -57,61 +68,43 @@ class Param:
     decay: bool
     owner: bool
     tied: bool
+    layer: int
     use: int
+    arena: Arena = field(default=None, repr=False)  # type: ignore[assignment]
     value: Array = field(default=None, repr=False)
-    master: Array = field(default=None, repr=False)
     grad: Array = field(default=None, repr=False)
-
-
-@dataclass(eq=False)
-class Arena:
-    """A flat run of parameters that are reduced over the same groups.
-
-    params and offsets: the distinct parameters and where each begins; value, master: (n,); grads:
-    (uses, n), a row for each local use of tied parameters, else one row; `grad` is the first row,
-    which holds the whole gradient once the uses were added up.
-    """
-
-    params: list[Param]
-    offsets: list[int]
-    reduce_over: tuple[Group, ...]
-    tied: bool
-    value: Array
-    master: Array
-    grads: Array
-
-    @property
-    def grad(self) -> Array:
-        """The gradient that the optimizer reads, (n,)."""
-        return self.grads[0]
-
-    @property
-    def size(self) -> int:
-        """Elements, alignment included."""
-        return int(self.value.size)
-
-    def spans(self) -> list[tuple[int, int, bool]]:
-        """(start, stop, decay) of the runs of parameters that agree about weight decay."""
-        spans: list[tuple[int, int, bool]] = []
-        ends = [*self.offsets[1:], self.size]
-        for param, start, stop in zip(self.params, self.offsets, ends, strict=True):
-            if spans and spans[-1][2] == param.decay:
-                spans[-1] = (spans[-1][0], stop, param.decay)
-            else:
-                spans.append((start, stop, param.decay))
-        return spans
 
 
 class ParamStore:
     """The parameters of one stage on this rank."""
 
-    def __init__(self, backend: Backend, dtype: Any, seed: int | None) -> None:
-        """seed: of the initial values; None leaves zeros, for weights that are loaded."""
-        self._backend = backend
-        self._dtype = dtype
-        self._seed = seed
-        self._uses: list[Param] = []
+    def __init__(
+        self,
+        backend: Backend,
+        dtype: Any,
+        seed: int | None,
+        *,
+        zero: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """seed: of the initial values; None leaves zeros, for weights that are loaded.
+
+        zero: the ZeRO stage. progress: drives the gathering of sharded weights.
+        """
+        self.dtype = dtype
+        self.pool = Pool(backend)
         self.arenas: list[Arena] = []
+        self._backend = backend
+        self._seed = seed
+        self._zero = zero
+        self._progress = progress or Progress()
+        self._uses: list[Param] = []
+        self._layer = 0
+        self._sharded: list[list[Arena]] = []  # of every layer, the arenas to gather
+
+    def next_layer(self) -> None:
+        """The parameters that are added from now on are those of the stage's next layer."""
+        self._layer += 1
 
     def add(
         self,
@@ -133,7 +126,7 @@ class ParamStore:
         if uses and (tied_use is None or uses[0].shard != shard or not uses[0].tied):
             raise ValueError(f"parameter {name} is there already")
         tied, use = tied_use is not None, tied_use or 0
-        param = Param(name, shard, init, reduce_over, decay, owner, tied, use)
+        param = Param(name, shard, init, reduce_over, decay, owner, tied, self._layer, use)
         self._uses.append(param)
         return param
 
@@ -145,59 +138,95 @@ class ParamStore:
             first.setdefault(param.name, param)
         return list(first.values())
 
+    def allocate(self) -> None:
+        """Lay out the arenas, bind all views, and fill in the initial values."""
+        groups: dict[tuple[tuple[str, ...], int | None], list[Param]] = {}
+        for param in self.params:
+            axes = tuple(group.axis for group in param.reduce_over)
+            groups.setdefault((axes, None if param.tied else param.layer), []).append(param)
+        self.arenas = [self._arena(params) for params in groups.values()]
+        self._sharded = [
+            [arena for arena in self.arenas if layer in arena.layers and arena.zero == 3]
+            for layer in range(self._layer + 1)
+        ]
+
+    def weights(self) -> Iterator[tuple[Param, tuple[int, int] | None, Array]]:
+        """What this rank keeps of every parameter: (parameter, range, view).
+
+        The view has the shape of the parameter's shard; with a range, [start, stop) in the shard's
+        C-order flattened elements, it is flat and holds these.
+        """
+        for arena in self.arenas:
+            yield from arena.pieces(arena.master) if arena.zero == 3 else arena.wholes(arena.value)
+
+    # -- weights that are sharded ------------------------------------------------------------------
+
     def acquire(self, number: int, following: int) -> None:
-        """Make the weights of layer `number` valid; layer `following` is the next to come."""
+        """Make the weights of layer `number` valid, and fetch those of layer `following`.
+
+        Layers outside of the stage have none. The ranks that share them call in the same order.
+        """
+        for layer in (number, following):
+            if 0 <= layer < len(self._sharded):
+                for arena in self._sharded[layer]:
+                    if arena.gathering is None:
+                        arena.gathering = self._progress.watch(arena.gather(self.pool))
+        for arena in self._sharded[number] if self._sharded else ():
+            if arena.gathering is not None:
+                self._progress.wait(arena.gathering)
+            arena.bind_values()
 
     def release(self, number: int) -> None:
         """The weights of layer `number` are not needed for now."""
+        for arena in self._sharded[number] if self._sharded else ():
+            arena.unbind_values(self.pool)
 
-    def allocate(self) -> None:
-        """Lay out the arenas, bind all views, and fill in the initial values."""
-        groups: dict[tuple[tuple[str, ...], bool], list[Param]] = {}
-        for param in self.params:
-            key = (tuple(group.axis for group in param.reduce_over), param.tied)
-            groups.setdefault(key, []).append(param)
-        self.arenas = [self._arena(params) for params in groups.values()]
+    # -- laying out --------------------------------------------------------------------------------
 
     def _arena(self, params: list[Param]) -> Arena:
+        # Those without decay last, so that the optimizer goes over few long runs.
+        params = sorted(params, key=lambda param: not param.decay)
         offsets, size = [], 0
         for param in params:
             offsets.append(size)
             size += -(-param.shard.size // _ALIGN) * _ALIGN
         # The uses of every parameter of a tied arena are on the same layers' stages.
-        uses = {
-            param.name: [use for use in self._uses if use.name == param.name] for param in params
-        }
-        rows = max(len(same) for same in uses.values())
-        value = self._backend.zeros((size,), self._dtype)
-        grads = self._backend.zeros((rows, size), self._dtype)
-        arena = Arena(params, offsets, params[0].reduce_over, params[0].tied, value, value, grads)
-        for param, offset in zip(params, offsets, strict=True):
-            part, shape = slice(offset, offset + param.shard.size), param.shard.local_shape
-            for row, use in enumerate(uses[param.name]):
-                use.value = use.master = value[part].reshape(shape)
-                use.grad = grads[row, part].reshape(shape)
-            if self._seed is not None:
-                self._initialize(param, value[part], fold(self._seed, "init", param.name))
+        uses = [[use for use in self._uses if use.name == param.name] for param in params]
+        replicas = params[0].reduce_over[0]
+        zero = self._zero if replicas.size > 1 else 0
+        arena = Arena(
+            params=params,
+            offsets=offsets,
+            size=size,
+            uses=uses,
+            zero=zero,
+            cuts=cut_into_parts(params, offsets, size, replicas.size if zero else 1),
+            rank=replicas.rank if zero else 0,
+        )
+        arena.allocate(self._backend, self.dtype)
+        if self._seed is not None:
+            kept = arena.pieces(arena.master) if zero == 3 else arena.pieces(arena.value, all=True)
+            for param, (start, stop), flat in kept:
+                self._initialize(param, start, stop, flat, fold(self._seed, "init", param.name))
         return arena
 
-    def _initialize(self, param: Param, flat: Array, key: int) -> None:
-        """Write the initial values of `param`'s shard to `flat`, evaluated on the host."""
+    def _initialize(self, param: Param, start: int, stop: int, flat: Array, key: int) -> None:
+        """Write the initial values of [start, stop) of `param`'s flattened shard to `flat`."""
         if param.init.kind != "normal":
             flat.fill(0.0 if param.init.kind == "zeros" else 1.0)
             return
-        shard = param.shard
-        if shard.size == 0:
+        if start == stop:
             return
+        shard = param.shard
         row = shard.size // shard.local_shape[0]
         rows = max(1, _INIT_BLOCK // row)
-        for low in range(shard.start[0], shard.stop[0], rows):
-            high = min(low + rows, shard.stop[0])
+        for low in range(start // row, -(-stop // row), rows):
+            high = min(low + rows, -(-stop // row))
+            first = shard.start[0]
             block = self._backend.host_random.normal_slab(
-                key, shard.shape, (low, *shard.start[1:]), (high, *shard.stop[1:])
+                key, shard.shape, (first + low, *shard.start[1:]), (first + high, *shard.stop[1:])
             )
             block *= param.init.std
-            begin = (low - shard.start[0]) * row
-            flat[begin : begin + block.size] = self._backend.from_host(
-                block.reshape(-1).astype(self._dtype)
-            )
+            a, b = max(start, low * row), min(stop, high * row)
+            values = block.reshape(-1)[a - low * row : b - low * row].astype(self.dtype)
+            flat[a - start : b - start] = self._backend.from_host(values)

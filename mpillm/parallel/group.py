@@ -103,9 +103,7 @@ class Group:
         self._run(self._reduce_scatter(x, out, counts, wait=True))
         return out
 
-    def ireduce_scatter(
-        self, x: Array, out: Array, counts: Sequence[int] | None = None
-    ) -> Request:
+    def ireduce_scatter(self, x: Array, out: Array, counts: Sequence[int] | None = None) -> Request:
         """`reduce_scatter` under way."""
         return Request(self._reduce_scatter(x, out, counts, wait=False), self._under_way)
 

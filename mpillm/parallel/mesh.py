@@ -28,6 +28,7 @@ def fit(settings: ParallelSettings, ranks: int) -> ParallelSettings:
         for axis in ("context", "expert")
         if getattr(settings, axis) > 1
     )
+    _check_settings(settings)
     if settings.data == 0:
         if ranks % others:
             raise UserError(
@@ -46,6 +47,27 @@ def fit(settings: ParallelSettings, ranks: int) -> ParallelSettings:
     return settings
 
 
+def _check_settings(settings: ParallelSettings) -> None:
+    """UserError for settings that mean nothing together."""
+    s = settings
+    if s.sequence and s.tensor == 1:
+        raise UserError(
+            "parallel.sequence = true shares out tokens over the tensor ranks, and parallel.tensor "
+            "is 1; set parallel.tensor >= 2, or parallel.sequence = false"
+        )
+    if s.chunks > 1 and s.pipe == 1:
+        raise UserError(
+            f"parallel.chunks = {s.chunks}: several stages a rank shorten the wait of a pipeline, "
+            "and parallel.pipe is 1; set parallel.pipe >= 2, or parallel.chunks = 1"
+        )
+    stages = s.pipe * s.chunks
+    if s.boundaries and len(s.boundaries) != stages - 1:
+        raise UserError(
+            f"parallel.boundaries = {list(s.boundaries)} makes {len(s.boundaries) + 1} stages, and "
+            f"pipe {s.pipe} x chunks {s.chunks} = {stages}; give {stages - 1} layers, or none"
+        )
+
+
 class Mesh:
     """This rank's place in the grid, and the Groups it belongs to.
 
@@ -55,7 +77,7 @@ class Mesh:
     data ranks of a context rank as subtrees.
     expert_replicas (context x data): the same for the weights of experts.
     batch (data x expert): those that share out a step's sequences.
-    model (pipe x tensor): those that hold one replica of the model together.
+    model (pipe x expert x tensor): those that hold every parameter between them.
     tied: the first and the last pipeline stage; of size 1 where they are one or this is neither.
     world: all ranks.
     """
@@ -88,7 +110,7 @@ class Mesh:
         self.replicas = group("replicas", self._replicas(grid, "data", "expert", "context"))
         self.expert_replicas = group("expert_replicas", self._replicas(grid, "data", "context"))
         self.batch = along("batch", "data", "expert")
-        self.model = along("model", "pipe", "tensor")
+        self.model = along("model", "pipe", "expert", "tensor")
         self.tied = group("tied", self._ends(grid))
 
     def _replicas(self, grid: MPI.Cartcomm, *axes: str) -> MPI.Intracomm:

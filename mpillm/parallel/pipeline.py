@@ -16,6 +16,7 @@ from mpillm.parallel.programs import (
     Send,
     Wait,
 )
+from mpillm.parallel.progress import Progress
 from mpillm.parallel.request import Request
 from mpillm.parallel.schedules import Action, Kind
 
@@ -50,8 +51,10 @@ class Executor:
         stages: Sequence[PipelineStage],
         boundary: Callable[[Any], tuple[Spec, ...]],
         backend: Backend,
+        progress: Progress | None = None,
     ) -> None:
         self._pipe = pipe
+        self._progress = progress or Progress()
         self._stages = stages
         self._boundary = boundary
         self._backend = backend

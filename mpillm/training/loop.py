@@ -109,7 +109,6 @@ def _resolve(config: RunConfig, tokens: TokenFile) -> RunConfig:
             f"train.sequence_length = {length} is longer than model.context = {model.context}; "
             f"set train.sequence_length <= {model.context}"
         )
-    batch_ranks = config.parallel.data * config.parallel.expert
     return replace(
         config,
         model=replace(
@@ -117,7 +116,7 @@ def _resolve(config: RunConfig, tokens: TokenFile) -> RunConfig:
             vocabulary=model.vocabulary or tokens.vocabulary_size,
             context=model.context or length,
         ),
-        train=resolve_batch(config.train, batch_ranks),
+        train=resolve_batch(config.train, config.parallel),
     )
 
 
@@ -164,8 +163,8 @@ class _Run:
                 manifest.step,
                 manifest.samples,
                 [
-                    checkpoint.read(kind, param.name, param.shard)
-                    for kind, param, _ in self._trainer.state()
+                    checkpoint.read(kind, param.name, param.shard, part)
+                    for kind, param, part, _ in self._trainer.state()
                 ],
             )
 
@@ -186,14 +185,15 @@ class _Run:
 
     def _save(self) -> Path:
         """Commit a checkpoint; collective."""
-        replicas, owned = self._mesh.replicas, 0
-        items = []
-        for kind, param, values in self._trainer.state():
-            if param.owner:
-                # The replicas hold the same and share the writing.
-                if owned % replicas.size == replicas.rank:
-                    items.append(Item(kind, param.name, param.shard, values))
-                owned += 1
+        items, wholes = [], 0
+        for kind, param, part, values in self._trainer.state():
+            if not param.owner:
+                continue
+            # What replicas hold alike they share the writing of.
+            replicas = param.reduce_over[0]
+            if part is not None or wholes % replicas.size == replicas.rank:
+                items.append(Item(kind, param.name, param.shard, values, part))
+            wholes += part is None
         return save(
             self._checkpoints,
             self._trainer.step_number,
@@ -248,13 +248,15 @@ class _Run:
     def _introduce(self, reporter: Reporter, start: int) -> None:
         """Say what is about to be trained on what; collective."""
         config, train = self._config, self._config.train
-        mine = sum(
-            param.shard.size
+        mine = {
+            (param.name, param.shard.start): param.shard.size
             for stage in self._trainer.stages
             for param in stage.store.params
-            if param.owner
-        )
-        count = sum(self._mesh.model.allgather_objects(mine))
+        }
+        held: dict[tuple[str, tuple[int, ...]], int] = {}
+        for shards in self._mesh.model.allgather_objects(mine):
+            held.update(shards)
+        count = sum(held.values())
         pipeline = f", {config.parallel.schedule} schedule" if config.parallel.pipe > 1 else ""
         reporter.line(
             f"{config.model.family}: {count:,} parameters, {train.dtype}; "

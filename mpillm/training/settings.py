@@ -27,6 +27,10 @@ class TrainSettings(Section, frozen=True, kw_only=True):
     dtype: Annotated[
         Literal["float32", "float64"], Meta(description="type of weights and activations")
     ] = "float32"
+    recompute: Annotated[
+        Literal["none", "attention", "block"],
+        Meta(description="what the backward pass computes anew, to keep fewer activations"),
+    ] = "none"
     seed: Annotated[int, Meta(ge=0, description="of weights, dropout and data order")] = 1337
     eval_every: Annotated[
         int, Meta(ge=0, description="steps between validations; 0: only after the last step")

@@ -14,14 +14,17 @@ from mpillm.array.backend import Backend
 from mpillm.array.random import fold
 from mpillm.data.loader import EvaluationSet, Loader, MicroBatch
 from mpillm.errors import UserError
-from mpillm.models.model import Model, build_stage
+from mpillm.models.model import Model, build_stages
 from mpillm.nn.layer import GradientSink, Micro
 from mpillm.nn.param import Param
+from mpillm.nn.rows import SharedRows
 from mpillm.parallel.group import pairwise_sum
 from mpillm.parallel.mesh import Mesh
 from mpillm.parallel.pipeline import Executor
 from mpillm.parallel.programs import Program, lower, validate
+from mpillm.parallel.progress import Progress
 from mpillm.parallel.schedules import SCHEDULES, forward_only
+from mpillm.parallel.settings import ParallelSettings
 from mpillm.training.gradients import Gradients
 from mpillm.training.learning_rate import learning_rate
 from mpillm.training.optimizer import AdamW
@@ -42,15 +45,23 @@ class StepResult:
     seconds: float
 
 
-def resolve_batch(settings: TrainSettings, data_ranks: int) -> TrainSettings:
+def resolve_batch(settings: TrainSettings, layout: ParallelSettings) -> TrainSettings:
     """The settings with `micro_batch_size = 0` replaced by a data rank's share of the batch.
 
     UserError where deterministic mode cannot keep its promise: its tree over the micro-batches
-    must have each data rank's block as a subtree.
+    must have each data rank's block, or each round of all data ranks, as a subtree.
     """
+    data_ranks = layout.data * layout.expert
     micro = settings.micro_batch_size or -(-settings.batch_size // data_ranks)
     settings = replace(settings, micro_batch_size=min(micro, settings.batch_size))
-    if settings.deterministic and data_ranks > 1:
+    if settings.deterministic and _takes_turns(layout):
+        if data_ranks & (data_ranks - 1):
+            raise UserError(
+                f"train.deterministic: with parallel.zero = {layout.zero} the number of data ranks "
+                f"must be a power of two, and it is {data_ranks}; set parallel.zero = 1, or use "
+                f"{1 << data_ranks.bit_length() - 1} data ranks"
+            )
+    elif settings.deterministic and data_ranks > 1:
 
         def fits(size: int) -> bool:
             rounds = _micros_a_rank(replace(settings, micro_batch_size=size), data_ranks)
@@ -67,6 +78,15 @@ def resolve_batch(settings: TrainSettings, data_ranks: int) -> TrainSettings:
                 f"train.micro_batch_size = {near}"
             )
     return settings
+
+
+def _takes_turns(layout: ParallelSettings) -> bool:
+    """Whether data ranks take micro-batches in turn, and not a block of them each.
+
+    Sharded gradients are summed over the ranks after each micro-batch: the micro-batches of a round
+    then stand side by side in the tree over all.
+    """
+    return layout.zero >= 2
 
 
 def _micros_a_rank(settings: TrainSettings, data_ranks: int) -> int:
@@ -87,25 +107,54 @@ class Trainer:
         backend: Backend,
         loader: Loader,
     ) -> None:
-        """`train` must have been through `resolve_batch` for the mesh's batch group."""
+        """`train` must have been through `resolve_batch` for the mesh's layout."""
         model.check_layout(mesh)
+        layout = mesh.layout
         self._train = train
         self._optimizer_settings = optimizer
         self._mesh = mesh
         self._backend = backend
         self._loader = loader
         self._dtype = backend.dtype(train.dtype)
-        self.stages = [build_stage(model, backend, mesh, self._dtype, train.seed)]
-        self._gradients = Gradients(self.stages, mesh, backend, train.deterministic)
-        self.optimizer = AdamW(self.stages, backend, optimizer)
-        self._executor = Executor(
-            mesh.pipe, self.stages, lambda micro: model.boundary(micro, self._dtype), backend
+        self._progress = Progress()
+        self.stages = build_stages(
+            model,
+            backend,
+            mesh,
+            self._dtype,
+            train.seed,
+            recompute=train.recompute,
+            progress=self._progress,
         )
-        # Micro-batches that this rank runs in a step.
-        self._rounds = _micros_a_rank(train, mesh.batch.size)
-        stages, chunks = mesh.pipe.size, 1
-        programs = lower(SCHEDULES[mesh.layout.schedule](stages, self._rounds, chunks), chunks)
-        validate(programs, ranks=stages, micros=self._rounds, chunks=chunks)
+        # Micro-batches that this rank runs in a step, by their numbers in the step.
+        rank, ranks = mesh.batch.rank, mesh.batch.size
+        rounds = _micros_a_rank(train, ranks)
+        self._numbers = (
+            range(rank, rank + rounds * ranks, ranks)
+            if _takes_turns(layout)
+            else range(rank * rounds, (rank + 1) * rounds)
+        )
+        self._gradients = Gradients(
+            self.stages,
+            mesh,
+            backend,
+            self._progress,
+            micros=rounds,
+            deterministic=train.deterministic,
+        )
+        self.optimizer = AdamW(self.stages, backend, optimizer, self._progress)
+        rows = SharedRows(mesh.tensor, backend, layout.sequence)
+        self._executor = Executor(
+            mesh.pipe,
+            self.stages,
+            lambda micro: model.boundary(micro, self._dtype, rows),
+            backend,
+            self._progress,
+        )
+        programs = lower(
+            SCHEDULES[layout.schedule](layout.pipe, rounds, layout.chunks), layout.chunks
+        )
+        validate(programs, ranks=layout.pipe, micros=rounds, chunks=layout.chunks)
         self._program = programs[mesh.pipe.rank]
         self._forward_programs: dict[int, Program] = {}
         # Steps done, and sequences that they took from the data, over all ranks.
@@ -117,19 +166,17 @@ class Trainer:
         begin = time.perf_counter()
         tokens = self._loader.counted_tokens(self.samples_consumed)
         key = fold(self._train.seed, "step", self.step_number)
-        sink = GradientSink()
-        first = self._mesh.batch.rank * self._rounds
         micros = [
-            self._micro(self._loader.micro_batch(self.samples_consumed, j), key, sink)
-            for j in range(first, first + self._rounds)
+            self._micro(
+                self._loader.micro_batch(self.samples_consumed, j), key, self._gradients.sink(place)
+            )
+            for place, j in enumerate(self._numbers)
         ]
         self._gradients.begin_step()
-        outputs = self._executor.run(
-            self._program, micros, (1.0 / tokens,), self._gradients.after_backward
-        )
+        outputs = self._executor.run(self._program, micros, (1.0 / tokens,))
         self._gradients.reduce()
-        # Data rank d has the micro-batches [d * micros, (d + 1) * micros).
-        loss = pairwise_sum(self._losses(outputs, self._rounds).reshape(-1).tolist()) / tokens
+        losses = self._losses(outputs, len(micros))
+        loss = pairwise_sum(self._in_order(losses).tolist()) / tokens
         norm = self._gradients.norm()
         lr = learning_rate(self.step_number, self._train.steps, self._optimizer_settings)
         if not (np.isfinite(loss) and np.isfinite(norm)):
@@ -143,6 +190,10 @@ class Trainer:
         self._backend.synchronize()
         seconds = time.perf_counter() - begin
         return StepResult(self.step_number, loss, lr, norm, tokens, seconds)
+
+    def _in_order(self, losses: np.ndarray) -> np.ndarray:
+        """Losses (ranks, micros) in the order of the micro-batches' numbers, (ranks * micros,)."""
+        return (losses.T if _takes_turns(self._mesh.layout) else losses).reshape(-1)
 
     def evaluate(self, data: EvaluationSet) -> float:
         """Mean loss over every target of `data`, nats a token."""
@@ -163,20 +214,25 @@ class Trainer:
     def _forward_program(self, micros: int) -> Program:
         """This rank's program for `micros` forward passes and nothing else."""
         if micros not in self._forward_programs:
-            programs = lower(forward_only(self._mesh.pipe.size, micros, 1), 1)
+            pipe, chunks = self._mesh.layout.pipe, self._mesh.layout.chunks
+            programs = lower(forward_only(pipe, micros, chunks), chunks)
             self._forward_programs[micros] = programs[self._mesh.pipe.rank]
         return self._forward_programs[micros]
 
-    def state(self) -> Iterator[tuple[str, Param, np.ndarray]]:
-        """(kind, parameter, host copy) of all that this rank holds of the training state."""
-        for kind, param, view in self.optimizer.state():
-            yield kind, param, self._backend.to_host(view)
+    def state(self) -> Iterator[tuple[str, Param, tuple[int, int] | None, np.ndarray]]:
+        """(kind, parameter, range, host copy) of all that this rank keeps of the training state.
+
+        Without a range the array has the shape of the parameter's shard, and all replicas hold the
+        same; with one it is that part of the flattened shard, and this rank's alone among them.
+        """
+        for kind, param, part, view in self.optimizer.state():
+            yield kind, param, part, self._backend.to_host(view)
 
     def restore(
         self, step_number: int, samples_consumed: int, values: Iterable[np.ndarray]
     ) -> None:
         """Put back what `state` gave, in its order, and go on after step `step_number`."""
-        for (_, _, view), value in zip(self.optimizer.state(), values, strict=True):
+        for (_, _, _, view), value in zip(self.optimizer.state(), values, strict=True):
             view[...] = self._backend.from_host(value)
         self.step_number = step_number
         self.samples_consumed = samples_consumed
@@ -193,6 +249,7 @@ class Trainer:
             training=sink is not None,
             key=key,
             gradients=sink or GradientSink(),
+            progress=self._progress,
         )
 
     def _losses(self, outputs: dict[int, Any], micros: int) -> np.ndarray:
@@ -204,6 +261,7 @@ class Trainer:
         losses = backend.zeros((mesh.batch.size, micros), "float64")
         if outputs:
             losses[mesh.batch.rank] = backend.xp.stack([outputs[j][0] for j in range(micros)])
-            mesh.batch.allreduce(losses)  # all terms but one are zero
+            # All terms but those of the ranks that share a sequence are zero.
+            mesh.replicas.allreduce(losses)
         mesh.pipe.broadcast(losses, root=mesh.pipe.size - 1)
         return backend.to_host(losses)

@@ -76,12 +76,12 @@ def run_mpillm(settings: Settings, dtype: str, loader: Loader) -> tuple[Run, dic
     rng = np.random.default_rng(11)
     for param in stage.store.params:
         if not param.decay:  # gains of one and biases of zero would hide mistakes
-            param.master += 0.1 * rng.standard_normal(param.shard.shape)
+            param.value += 0.1 * rng.standard_normal(param.shard.shape)
 
     def to_torch(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         return from_mpillm(arrays, settings.layers, settings.width)
 
-    weights = to_torch({param.name: param.master for param in stage.store.params})
+    weights = to_torch({param.name: param.value for param in stage.store.params})
     tokens, _ = batch(loader, 0)
     samples = np.arange(TRAIN.batch_size)
     micro = Micro(tokens, np.arange(TRAIN.sequence_length), samples, want="logits")

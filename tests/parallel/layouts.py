@@ -56,7 +56,7 @@ def run(
     """Train `steps` steps on all ranks of `comm`."""
     device = Backend.create(backend)
     mesh = Mesh(comm, fit(parallel, comm.size), device, Recorder(), message_limit)
-    train = resolve_batch(train, mesh.batch.size)
+    train = resolve_batch(train, mesh.layout)
     loader = Loader(
         text, train.sequence_length, train.batch_size, train.micro_batch_size, train.seed
     )
@@ -76,8 +76,8 @@ def run(
 def gather_weights(trainer: Trainer, mesh: Mesh) -> dict[str, np.ndarray] | None:
     """The whole weights on rank 0. Every replica of a shard must be bitwise the same."""
     mine = [
-        (param.name, param.shard, values.copy())
-        for kind, param, values in trainer.state()
+        (param.name, param.shard, part, values.copy())
+        for kind, param, part, values in trainer.state()
         if kind == "parameter"
     ]
     gathered = mesh.world.gather_objects(mine)
@@ -86,13 +86,17 @@ def gather_weights(trainer: Trainer, mesh: Mesh) -> dict[str, np.ndarray] | None
     whole: dict[str, np.ndarray] = {}
     written: dict[str, np.ndarray] = {}
     for held in gathered:
-        for name, shard, values in held:
+        for name, shard, part, values in held:
             array = whole.setdefault(name, np.zeros(shard.shape, values.dtype))
             seen = written.setdefault(name, np.zeros(shard.shape, bool))
-            again = seen[shard.slices]
-            assert (array[shard.slices][again] == values[again]).all(), f"replicas of {name} differ"
-            array[shard.slices] = values
-            seen[shard.slices] = True
+            start, stop = part or (0, shard.size)
+            flat, again = array[shard.slices].reshape(-1), seen[shard.slices].reshape(-1)
+            old, new = flat[start:stop][again[start:stop]], values.reshape(-1)[again[start:stop]]
+            assert (old == new).all(), f"replicas of {name} differ"
+            flat[start:stop] = values.reshape(-1)
+            again[start:stop] = True
+            array[shard.slices] = flat.reshape(shard.local_shape)
+            seen[shard.slices] = again.reshape(shard.local_shape)
     assert all(seen.all() for seen in written.values())
     return whole
 

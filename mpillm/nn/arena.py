@@ -1,0 +1,217 @@
+"""Arenas: flat runs of parameters, and how ZeRO cuts them into parts."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from mpillm.array.ops import norm_block
+
+if TYPE_CHECKING:
+    from mpillm.array.backend import Array, Backend
+    from mpillm.array.pool import Pool
+    from mpillm.nn.param import Param
+    from mpillm.parallel.group import Group
+    from mpillm.parallel.request import Request
+
+__all__ = ["Arena", "cut_into_parts"]
+
+Piece = tuple["Param", "tuple[int, int] | None", Any]
+
+
+def cut_into_parts(
+    params: Sequence[Param], offsets: Sequence[int], size: int, parts: int
+) -> list[int]:
+    """Where the parts of an arena begin and end, `parts + 1` ascending places from 0 to `size`.
+
+    As even as can be where a part may begin only where a parameter or one of the blocks begins
+    whose squares are summed for the norm: then every block lies in one part, and its sum has the
+    same bits however many parts there are.
+    """
+    cuts = [0]
+    for number in range(1, parts):
+        target = size * number // parts
+        place = max(0, bisect_right(offsets, target) - 1)
+        block = norm_block(params[place].shard.shape)
+        blocks = (target - offsets[place] + block // 2) // block
+        after = offsets[place + 1] if place + 1 < len(offsets) else size
+        # Past its last element a parameter has no block to begin.
+        cut = offsets[place] + blocks * block
+        cuts.append(cut if blocks * block < params[place].shard.size else after)
+    return [*cuts, size]
+
+
+@dataclass(eq=False)
+class Arena:
+    """Parameters of a layer that are reduced over the same groups, in one flat array.
+
+    params and offsets: the distinct parameters and where each begins; size: elements, alignment
+    included; uses: of each parameter, its uses on this stage in order. zero: the ZeRO stage; cuts:
+    where the parts of the ranks of `reduce_over[0]` begin and end; rank: whose part is this rank's.
+
+    value: the weights, (size,); None while weights are sharded and not gathered.
+    grads: (uses, size), a row for each local use of tied parameters, else one row; None while
+    gradients are sharded and none is being computed.
+    master, grad: this rank's part of the weights that the optimizer updates and of the gradient it
+    reads, once the uses were added up; flat, views of `value` and `grads` where these are whole.
+    """
+
+    params: list[Param]
+    offsets: list[int]
+    size: int
+    uses: list[list[Param]]
+    zero: int
+    cuts: list[int]
+    rank: int
+    value: Array = None
+    grads: Array = None
+    master: Array = None
+    grad: Array = None
+    gathering: Request | None = None  # of the weights, from the time it begins to their release
+    _holders: int = field(default=0, repr=False)
+    _dtype: Any = field(default=None, repr=False)
+    _gathered: Array = field(default=None, repr=False)
+
+    @property
+    def reduce_over(self) -> tuple[Group, ...]:
+        """The groups that the gradient is summed over."""
+        return self.params[0].reduce_over
+
+    @property
+    def tied(self) -> bool:
+        """Whether its parameters have uses on the first and on the last stage."""
+        return self.params[0].tied
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers of the stage that use it, ascending."""
+        return sorted({use.layer for uses in self.uses for use in uses})
+
+    @property
+    def rows(self) -> int:
+        """Rows of `grads`."""
+        return max(len(uses) for uses in self.uses)
+
+    @property
+    def part(self) -> slice:
+        """This rank's part."""
+        return slice(self.cuts[self.rank], self.cuts[self.rank + 1])
+
+    @property
+    def counts(self) -> list[int]:
+        """Elements of each rank's part."""
+        return [b - a for a, b in pairwise(self.cuts)]
+
+    # -- arrays ------------------------------------------------------------------------------------
+
+    def allocate(self, backend: Backend, dtype: Any) -> None:
+        """Make the arrays that stay, all zeros, and bind the views of the parameters."""
+        self._dtype = dtype
+        own = self.counts[self.rank]
+        if self.zero == 3:
+            self.master = backend.zeros((own,), dtype)
+        else:
+            self.value = backend.zeros((self.size,), dtype)
+            self.master = self.value[self.part]
+            self._bind_values()
+        if self.zero >= 2:
+            self.grad = backend.zeros((own,), dtype)
+        else:
+            self.bind_grads(backend.zeros((self.rows, self.size), dtype))
+            self.grad = self.grads[0, self.part]
+
+    def open_grads(self, pool: Pool) -> None:
+        """Make sure that gradients can be added to; where they are sharded they begin at zero."""
+        if self.grads is None:
+            grads = pool.take((self.rows, self.size), self._dtype)
+            grads.fill(0.0)
+            self.bind_grads(grads)
+
+    def close_grads(self) -> Array:
+        """Take the gradients away; returns them, for the caller to give back to the pool."""
+        grads = self.grads
+        self.bind_grads(None)
+        return grads
+
+    def bind_grads(self, grads: Array) -> None:
+        """Let the uses' gradients be views of `grads`; None takes them away."""
+        self.grads = grads
+        for uses, offset in zip(self.uses, self.offsets, strict=True):
+            for row, use in enumerate(uses):
+                flat = slice(offset, offset + use.shard.size)
+                use.grad = None if grads is None else _shaped(grads[row, flat], use)
+
+    def gather(self, pool: Pool) -> Request:
+        """Begin to gather the weights from the ranks that share them."""
+        self._gathered = pool.take((self.size,), self._dtype)
+        return self.reduce_over[0].iallgather(self.master, self._gathered, self.counts)
+
+    def bind_values(self) -> None:
+        """The gathered weights are in: let the parameters be views of them."""
+        self._holders += 1
+        if self._holders == 1:
+            self.value = self._gathered
+            self._bind_values()
+
+    def unbind_values(self, pool: Pool) -> None:
+        """One holder less; the last one takes the gathered weights away."""
+        self._holders -= 1
+        if self._holders == 0:
+            pool.give(self.value)
+            self.value = self._gathered = self.gathering = None
+            self._bind_values()
+
+    def share_values(self) -> Request | None:
+        """Begin to send this rank's updated weights to the others, where all keep all weights."""
+        if self.zero not in (1, 2):
+            return None
+        return self.reduce_over[0].iallgather(self.master, self.value, self.counts)
+
+    def _bind_values(self) -> None:
+        for uses, offset in zip(self.uses, self.offsets, strict=True):
+            for use in uses:
+                flat = slice(offset, offset + use.shard.size)
+                use.value = None if self.value is None else _shaped(self.value[flat], use)
+
+    # -- what lies where ---------------------------------------------------------------------------
+
+    def wholes(self, x: Array) -> Iterator[Piece]:
+        """(parameter, None, view of its shard's shape) of all of `x`, laid out like `value`."""
+        for param, offset in zip(self.params, self.offsets, strict=True):
+            yield param, None, _shaped(x[offset : offset + param.shard.size], param)
+
+    def pieces(
+        self, x: Array, *, all: bool = False
+    ) -> Iterator[tuple[Param, tuple[int, int], Array]]:
+        """(parameter, [start, stop) in its flattened shard, flat view) of what `x` holds.
+
+        x: laid out like this rank's part; with `all`, like the whole arena.
+        """
+        low, high = (0, self.size) if all else (self.part.start, self.part.stop)
+        for param, offset in zip(self.params, self.offsets, strict=True):
+            start = max(low, offset)
+            stop = min(high, offset + param.shard.size)
+            if start < stop:
+                yield param, (start - offset, stop - offset), x[start - low : stop - low]
+
+    def spans(self) -> list[tuple[int, int, bool]]:
+        """(start, stop, decay) of the runs of this rank's part that agree about weight decay."""
+        low, high = self.part.start, self.part.stop
+        spans: list[tuple[int, int, bool]] = []
+        ends = [*self.offsets[1:], self.size]
+        for param, start, stop in zip(self.params, self.offsets, ends, strict=True):
+            a, b = max(start, low) - low, min(stop, high) - low
+            if a >= b:
+                continue
+            if spans and spans[-1][2] == param.decay:
+                spans[-1] = (spans[-1][0], b, param.decay)
+            else:
+                spans.append((a, b, param.decay))
+        return spans
+
+
+def _shaped(flat: Array, param: Param) -> Array:
+    return flat.reshape(param.shard.local_shape)
