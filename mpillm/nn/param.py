@@ -203,6 +203,9 @@ class ParamStore:
             cuts=cut_into_parts(params, offsets, size, replicas.size if zero else 1),
             rank=replicas.rank if zero else 0,
         )
+        for same in uses:
+            for use in same:
+                use.arena = arena
         arena.allocate(self._backend, self.dtype)
         if self._seed is not None:
             kept = arena.pieces(arena.master) if zero == 3 else arena.pieces(arena.value, all=True)
