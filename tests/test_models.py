@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from itertools import combinations, pairwise
@@ -23,8 +24,8 @@ from mpillm.models.gpt2 import Settings
 from mpillm.models.model import build_stages, partition
 from mpillm.models.settings import ModelSettings, build_model, families
 from mpillm.nn.layer import Build, Micro
-from mpillm.nn.stage import Stage
 from mpillm.nn.param import ParamStore
+from mpillm.nn.stage import Stage
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
@@ -51,7 +52,9 @@ def mesh(numpy_backend: Backend) -> Iterator[Mesh]:
 
 
 def small_stage(mesh: Mesh, backend: Backend, **changes: Any) -> Stage:
-    (stage,) = build_stages(build_model(replace(SMALL, **changes)), backend, mesh, "float64", seed=1)
+    (stage,) = build_stages(
+        build_model(replace(SMALL, **changes)), backend, mesh, "float64", seed=1
+    )
     scramble(stage.store, 0.2)
     return stage
 
@@ -229,20 +232,39 @@ def test_families() -> None:
         ModelSettings.variant({"family": "gtp2"}, "model")
 
 
-@pytest.mark.parametrize("axis", ["context", "expert"])
-def test_axes_that_the_model_does_not_know_are_refused(axis: str) -> None:
-    mesh: Any = SimpleNamespace(layout=replace(ParallelSettings(), **{axis: 2}))
-    with pytest.raises(UserError, match=rf"parallel\.{axis} = 2.*gpt2.*parallel\.{axis} = 1"):
-        build_model(SMALL).check_layout(mesh)
+def test_axes_that_the_model_cannot_use_are_refused() -> None:
+    mesh: Any = SimpleNamespace(layout=ParallelSettings(expert=2))
+    model = build_model(SMALL)
+    with pytest.raises(
+        UserError, match=r"parallel\.expert = 2: the model has no experts.*expert = 1"
+    ):
+        model.check_layout(mesh.layout)
+    bare = dataclasses.replace(model, axes=frozenset({"data", "tensor"}), why_not={})
+    mesh.layout = ParallelSettings(pipe=2)
+    with pytest.raises(UserError, match=r"pipe = 2: family 'gpt2' runs over data, tensor only"):
+        bare.check_layout(mesh.layout)
+
+
+def test_stages_begin_where_the_settings_say() -> None:
+    model = build_model(SMALL)  # embedding, two blocks, head
+    layout = ParallelSettings(pipe=3, boundaries=(2, 3))
+    assert model.cuts(layout) == [(0, 2), (2, 3), (3, 4)]
+    assert len(model.cuts(ParallelSettings(pipe=2, chunks=2))) == 4
+    for wrong in ((1, 1), (2, 1), (0, 2), (3, 4)):
+        with pytest.raises(UserError, match=r"boundaries = .*from 1 to 3 \(block.000 ... head\)"):
+            model.cuts(ParallelSettings(pipe=3, boundaries=wrong))
+    mesh: Any = SimpleNamespace(layout=ParallelSettings(pipe=3, chunks=2))
+    with pytest.raises(UserError, match=r"pipe = 3, parallel.chunks = 2: .*parallel.pipe <= 2"):
+        model.check_layout(mesh.layout)
 
 
 def test_more_stages_than_units_are_refused() -> None:
     model = build_model(SMALL)
     fitting: Any = SimpleNamespace(layout=ParallelSettings(pipe=4, data=3, tensor=5))
-    model.check_layout(fitting)
+    model.check_layout(fitting.layout)
     too_many: Any = SimpleNamespace(layout=ParallelSettings(pipe=5))
     with pytest.raises(UserError, match=r"parallel\.pipe = 5.*4 stages.*parallel\.pipe <= 4"):
-        model.check_layout(too_many)
+        model.check_layout(too_many.layout)
 
 
 # -- partition

@@ -105,6 +105,13 @@ class Arena:
         """Elements of each rank's part."""
         return [b - a for a, b in pairwise(self.cuts)]
 
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of weights and of gradients that stay on this rank."""
+        weights = self.master if self.zero == 3 else self.value
+        gradients = self.grad if self.zero >= 2 else self.grads
+        return int(weights.nbytes), int(gradients.nbytes)
+
     # -- arrays ------------------------------------------------------------------------------------
 
     def allocate(self, backend: Backend, dtype: Any) -> None:

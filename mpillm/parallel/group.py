@@ -322,8 +322,11 @@ class Group:
         self._recorder.end(entry)
 
     def _library(self, host: np.ndarray, op: Op, wait: bool) -> Steps:
-        for a, b in self._pieces(host.size, host.itemsize):
-            yield self._call("Allreduce", wait, MPI.IN_PLACE, host[a:b], _MPI_OPS[op])
+        calls = (
+            self._call("Allreduce", wait, MPI.IN_PLACE, host[a:b], _MPI_OPS[op])
+            for a, b in self._pieces(host.size, host.itemsize)
+        )
+        yield from calls if wait else list(calls)
 
     def _ordered_sum(self, host: np.ndarray, wait: bool) -> Steps:
         if self.size == 2 or host.nbytes * self.size <= _GATHER_LIMIT:

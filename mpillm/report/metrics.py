@@ -1,8 +1,8 @@
 """The numbers of a run, step by step: `metrics.jsonl`, one JSON object a line.
 
-A line has `step, loss, lr, grad_norm, tokens_per_second, step_seconds` and, where the model was
-evaluated after the step, `val_loss`. A step's number is how many steps are then done, so the first
-is 1. Numbers have all their digits. JSON has no NaN and no infinity: both are written as null,
+A line has `step, loss, lr, grad_norm, tokens_per_second, step_seconds`, where the model was
+evaluated after the step `val_loss`, and with mixtures of experts `auxiliary_loss`. A step's number
+is how many steps are then done, so the first is 1. Numbers have all their digits. JSON has no NaN and no infinity: both are written as null,
 which every JSON parser reads, and `read_metrics` gives them back as NaN.
 """
 
@@ -31,6 +31,7 @@ class StepMetrics:
     tokens_per_second: float
     step_seconds: float
     val_loss: float | None = None
+    auxiliary_loss: float | None = None
 
 
 class MetricsFile:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from msgspec.structs import asdict, replace
 
 from mpillm.array.backend import Backend
@@ -29,7 +30,7 @@ from mpillm.training.trainer import StepResult, Trainer, resolve_batch
 if TYPE_CHECKING:
     from mpillm.parallel.launch import Comm
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "make_folder", "open_data", "resolve", "train"]
 
 # Tokens in a micro-batch of the validation, where the training's are not larger.
 _EVALUATION_TOKENS = 4096
@@ -56,13 +57,10 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
         config = replace(config, parallel=fit(config.parallel, comm.size))
         backend = Backend.create(config.run.backend)
         if comm.rank == 0:
-            _make_folder(folder, fresh)
+            make_folder(folder, fresh)
+    prepared, tokens = open_data(config, comm)
     with agree(comm):
-        trained = latest(folder / "checkpoints") is not None
-        prepared = prepare(config.data, folder, write=comm.rank == 0, replace=not trained)
-    with agree(comm):
-        tokens = TokenFile(prepared.tokens)
-        config = _resolve(config, tokens)
+        config = resolve(config, tokens)
         # Found out before any weights are made.
         model = build_model(config.model)
     recorder = Recorder(folder / "flight" / f"rank-{comm.rank:05d}.bin")
@@ -83,7 +81,7 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
     return result
 
 
-def _make_folder(folder: Path, fresh: bool) -> None:
+def make_folder(folder: Path, fresh: bool) -> None:
     """Make the run folder; a fresh start keeps an older run beside it, under another name."""
     if fresh and latest(folder / "checkpoints") is not None:
         number = 1
@@ -96,7 +94,17 @@ def _make_folder(folder: Path, fresh: bool) -> None:
         raise UserError(f"run.dir = {str(folder)!r}: cannot be made: {error.strerror}") from None
 
 
-def _resolve(config: RunConfig, tokens: TokenFile) -> RunConfig:
+def open_data(config: RunConfig, comm: Comm) -> tuple[PreparedData, TokenFile]:
+    """The text of a run as tokens in the run's folder, which is there; collective."""
+    folder = Path(config.run.dir)
+    with agree(comm):
+        trained = latest(folder / "checkpoints") is not None
+        prepared = prepare(config.data, folder, write=comm.rank == 0, replace=not trained)
+    with agree(comm):
+        return prepared, TokenFile(prepared.tokens)
+
+
+def resolve(config: RunConfig, tokens: TokenFile) -> RunConfig:
     """The settings with everything that was left open filled in, and checked against each other."""
     model, length = config.model, config.train.sequence_length
     if model.vocabulary and model.vocabulary < tokens.vocabulary_size:
@@ -268,6 +276,14 @@ class _Run:
             f"{self._tokens.vocabulary_size} types; "
             f"{train.batch_size} x {train.sequence_length} tokens a step"
         )
+        memory = self._trainer.memory()
+        parts = (memory.weights, memory.gradients, memory.optimizer)
+        largest = np.max(self._mesh.world.allgather_objects(parts), axis=0) / 2**20
+        weights, gradients, moments = (f"{size:,.1f} MiB" for size in largest)
+        sharing = f", ZeRO {config.parallel.zero}" if config.parallel.zero else ""
+        reporter.line(
+            f"largest rank{sharing}: weights {weights}, gradients {gradients}, optimizer {moments}"
+        )
         if start:
             reporter.line(f"resumed after step {start} from {self._checkpoints}")
 
@@ -293,4 +309,5 @@ def _metrics(result: StepResult, val_loss: float | None) -> StepMetrics:
         tokens_per_second=result.tokens / result.seconds,
         step_seconds=result.seconds,
         val_loss=val_loss,
+        auxiliary_loss=result.auxiliary,
     )

@@ -17,6 +17,7 @@ from mpillm.errors import UserError
 from mpillm.models.model import Model, build_stages
 from mpillm.nn.layer import GradientSink, Micro
 from mpillm.nn.param import Param
+from mpillm.nn.ring import context_share
 from mpillm.nn.rows import SharedRows
 from mpillm.parallel.group import pairwise_sum
 from mpillm.parallel.mesh import Mesh
@@ -30,12 +31,16 @@ from mpillm.training.learning_rate import learning_rate
 from mpillm.training.optimizer import AdamW
 from mpillm.training.settings import OptimizerSettings, TrainSettings
 
-__all__ = ["StepResult", "Trainer", "resolve_batch"]
+__all__ = ["Memory", "StepResult", "Trainer", "resolve_batch"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: `step` counts from 1, loss in nats a token, times in seconds."""
+    """What a step did: `step` counts from 1, loss in nats a token, times in seconds.
+
+    reduce_seconds: of these, waiting for sums of gradients after the last backward pass. auxiliary:
+    what mixtures of experts add to the loss that is minimized, else None.
+    """
 
     step: int
     loss: float
@@ -43,6 +48,22 @@ class StepResult:
     grad_norm: float
     tokens: int
     seconds: float
+    reduce_seconds: float
+    auxiliary: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank.
+
+    weights, gradients, optimizer: what stays, see `docs/parallel.md` for the formula. working: what
+    ZeRO has needed so far for gathered weights and for gradients in the making.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    working: int
 
 
 def resolve_batch(settings: TrainSettings, layout: ParallelSettings) -> TrainSettings:
@@ -108,15 +129,16 @@ class Trainer:
         loader: Loader,
     ) -> None:
         """`train` must have been through `resolve_batch` for the mesh's layout."""
-        model.check_layout(mesh)
+        model.check_layout(mesh.layout)
         layout = mesh.layout
+        self._model = model
         self._train = train
         self._optimizer_settings = optimizer
         self._mesh = mesh
         self._backend = backend
         self._loader = loader
         self._dtype = backend.dtype(train.dtype)
-        self._progress = Progress()
+        self.progress = Progress()
         self.stages = build_stages(
             model,
             backend,
@@ -124,7 +146,7 @@ class Trainer:
             self._dtype,
             train.seed,
             recompute=train.recompute,
-            progress=self._progress,
+            progress=self.progress,
         )
         # Micro-batches that this rank runs in a step, by their numbers in the step.
         rank, ranks = mesh.batch.rank, mesh.batch.size
@@ -138,18 +160,18 @@ class Trainer:
             self.stages,
             mesh,
             backend,
-            self._progress,
+            self.progress,
             micros=rounds,
             deterministic=train.deterministic,
         )
-        self.optimizer = AdamW(self.stages, backend, optimizer, self._progress)
+        self.optimizer = AdamW(self.stages, backend, optimizer, self.progress)
         rows = SharedRows(mesh.tensor, backend, layout.sequence)
         self._executor = Executor(
             mesh.pipe,
             self.stages,
             lambda micro: model.boundary(micro, self._dtype, rows),
             backend,
-            self._progress,
+            self.progress,
         )
         programs = lower(
             SCHEDULES[layout.schedule](layout.pipe, rounds, layout.chunks), layout.chunks
@@ -174,9 +196,13 @@ class Trainer:
         ]
         self._gradients.begin_step()
         outputs = self._executor.run(self._program, micros, (1.0 / tokens,))
+        computed = time.perf_counter()
         self._gradients.reduce()
-        losses = self._losses(outputs, len(micros))
-        loss = pairwise_sum(self._in_order(losses).tolist()) / tokens
+        reduce_seconds = time.perf_counter() - computed
+        loss, *auxiliary = (
+            pairwise_sum(self._in_order(losses).tolist()) / tokens
+            for losses in self._losses(outputs, len(micros))
+        )
         norm = self._gradients.norm()
         lr = learning_rate(self.step_number, self._train.steps, self._optimizer_settings)
         if not (np.isfinite(loss) and np.isfinite(norm)):
@@ -189,7 +215,9 @@ class Trainer:
         self.optimizer.step(self.step_number, lr, norm)
         self._backend.synchronize()
         seconds = time.perf_counter() - begin
-        return StepResult(self.step_number, loss, lr, norm, tokens, seconds)
+        return StepResult(
+            self.step_number, loss, lr, norm, tokens, seconds, reduce_seconds, *auxiliary
+        )
 
     def _in_order(self, losses: np.ndarray) -> np.ndarray:
         """Losses (ranks, micros) in the order of the micro-batches' numbers, (ranks * micros,)."""
@@ -208,8 +236,19 @@ class Trainer:
             numbers = [r * ranks + self._mesh.batch.rank for r in range(low, low + count)]
             micros = [self._micro(data.micro_batch(j)) for j in numbers]
             outputs = self._executor.run(program, micros)
-            losses += self._losses(outputs, count).T.reshape(-1).tolist()
+            losses += self._losses(outputs, count)[0].T.reshape(-1).tolist()
         return float(pairwise_sum(losses)) / data.counted_tokens
+
+    def memory(self) -> Memory:
+        """Bytes of the training state on this rank; not collective."""
+        stores = [stage.store for stage in self.stages]
+        held = [arena.bytes for store in stores for arena in store.arenas]
+        return Memory(
+            weights=sum(weights for weights, _ in held),
+            gradients=sum(gradients for _, gradients in held),
+            optimizer=self.optimizer.bytes,
+            working=sum(store.pool.bytes for store in stores),
+        )
 
     def _forward_program(self, micros: int) -> Program:
         """This rank's program for `micros` forward passes and nothing else."""
@@ -238,29 +277,35 @@ class Trainer:
         self.samples_consumed = samples_consumed
 
     def _micro(self, batch: MicroBatch, key: int = 0, sink: GradientSink | None = None) -> Micro:
-        """A micro-batch on the device; for training when there is a sink for gradients."""
-        backend = self._backend
-        return Micro(
+        """This rank's part of a micro-batch; for training when there is a sink for gradients."""
+        backend, context = self._backend, self._mesh.context
+        mask = backend.from_host(batch.mask.astype(self._dtype))
+        whole = Micro(
             tokens=backend.from_host(batch.tokens),
             index=backend.xp.arange(batch.tokens.shape[1]),
             samples=backend.from_host(batch.samples),
             labels=backend.from_host(batch.labels),
-            mask=backend.from_host(batch.mask.astype(self._dtype)),
+            mask=mask,
+            counted=mask.sum(axis=1),
             training=sink is not None,
             key=key,
             gradients=sink or GradientSink(),
-            progress=self._progress,
+            progress=self.progress,
         )
+        return context_share(whole, backend, context.size, context.rank)
 
     def _losses(self, outputs: dict[int, Any], micros: int) -> np.ndarray:
-        """Losses of the micro-batches of every data rank, float64 (ranks, micros), on every rank.
+        """Losses of the micro-batches of every data rank, float64 (kinds, ranks, micros).
 
-        outputs: by number, the last stage's, each a 0-dimensional float64; empty elsewhere.
+        The same on every rank. kinds: the loss and, where the model has one, the auxiliary loss.
+        outputs: by number, the last stage's, float64 of one element each; empty elsewhere.
         """
-        mesh, backend = self._mesh, self._backend
-        losses = backend.zeros((mesh.batch.size, micros), "float64")
+        mesh, backend, kinds = self._mesh, self._backend, 1 + self._model.auxiliary
+        losses = backend.zeros((kinds, mesh.batch.size, micros), "float64")
         if outputs:
-            losses[mesh.batch.rank] = backend.xp.stack([outputs[j][0] for j in range(micros)])
+            for kind in range(kinds):
+                of_kind = [outputs[j][kind].reshape(()) for j in range(micros)]
+                losses[kind, mesh.batch.rank] = backend.xp.stack(of_kind)
             # All terms but those of the ranks that share a sequence are zero.
             mesh.replicas.allreduce(losses)
         mesh.pipe.broadcast(losses, root=mesh.pipe.size - 1)

@@ -30,7 +30,8 @@ GROUPS = {
     "tensor": ("tensor",),
     "replicas": ("data", "expert", "context"),
     "batch": ("data", "expert"),
-    "model": ("pipe", "tensor"),
+    "expert_replicas": ("data", "context"),
+    "model": ("pipe", "expert", "tensor"),
     "world": AXES,
 }
 
@@ -73,6 +74,8 @@ def test_groups_hold_the_ranks_that_differ_along_their_axes_only(world: Any) -> 
                 for rank in range(world.size)
                 if all(coordinates(sizes, rank)[axis] == mine[axis] for axis in others)
             ]
+            if name in ("replicas", "expert_replicas"):  # data before context
+                members.sort(key=lambda rank: coordinates(sizes, rank)["context"])
             group = getattr(mesh, name)
             assert group.allgather_objects(world.rank) == members, (sizes, name)
             assert group.size == len(members) == math.prod(sizes[AXES.index(a)] for a in axes)
@@ -149,6 +152,19 @@ def test_describe_names_the_axes_that_are_used() -> None:
 
 
 # --- fit -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sequence": True, "data": 1}, r"sequence = true .*tensor is 1; set parallel.tensor >= 2"),
+        ({"chunks": 2, "data": 1}, r"chunks = 2: .*pipe is 1; set parallel.pipe >= 2"),
+        ({"pipe": 2, "boundaries": (1, 2)}, r"makes 3 stages, and pipe 2 x chunks 1 = 2; give 1 "),
+    ],
+)
+def test_settings_that_mean_nothing_together(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(convert(wrong, ParallelSettings), 2)
 
 
 def test_fit_gives_the_data_axis_what_is_left() -> None:

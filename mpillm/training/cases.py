@@ -1,0 +1,126 @@
+"""What `verify` runs: layouts of variants of a run's settings, all of them or a covering set."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from mpillm.config import load
+from mpillm.errors import UserError
+from mpillm.models.settings import build_model
+from mpillm.parallel.covering import covering
+from mpillm.parallel.layouts import (
+    factors,
+    layout_text,
+    layouts,
+    parse_layout,
+    ranks_of,
+    split_list,
+)
+from mpillm.parallel.mesh import fit
+from mpillm.parallel.settings import ParallelSettings
+from mpillm.training.settings import RunConfig
+from mpillm.training.trainer import resolve_batch
+
+__all__ = ["Case", "Variants", "cases_of", "refusal", "variants_of"]
+
+Variants = Mapping[tuple[str, ...], RunConfig]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of a variant, before it has run.
+
+    required: whether it is a failure when the layout is refused. refused: why it is, if it is.
+    """
+
+    variant: tuple[str, ...]
+    layout: ParallelSettings
+    text: str
+    required: bool
+    refused: str
+
+
+def variants_of(
+    source: Path | Mapping[str, Any], overrides: Sequence[str], vary: Sequence[str]
+) -> Variants:
+    """Every combination of what is varied, `section.key=value,value` each, checked as `load` does.
+
+    Keys: the settings varied and their values, such as `("model.tied=true",)`.
+    """
+    choices = []
+    for text in vary:
+        name, _, values = text.partition("=")
+        choices.append([f"{name}={value}" for value in split_list(values)])
+    return {
+        chosen: load(RunConfig, source, [*overrides, *(f"--{setting}" for setting in chosen)])
+        for chosen in product(*choices)
+    }
+
+
+def cases_of(
+    variants: Variants,
+    most: int,
+    *,
+    ranks: Sequence[int] = (),
+    named: Sequence[str] = (),
+    pairs: bool = False,
+) -> list[Case]:
+    """The cases of `verify`, variant by variant; `most` ranks are there. Needs no ranks itself."""
+    if named and (ranks or pairs):
+        raise UserError(
+            "verify-layouts: layouts that are listed say themselves how many ranks they take; "
+            "leave out --ranks and --pairs, or --layouts"
+        )
+    for count in ranks:
+        if not 1 <= count <= most:
+            raise UserError(
+                f"verify-layouts: {count} ranks, and {most} were started; expected 1 to {most}, or "
+                f"start mpirun -n {max(1, count)}"
+            )
+    cases = []
+    for variant, config in variants.items():
+        base = config.parallel
+        if named:
+            asked = [parse_layout(text, base) for text in named]
+            found = [fit(layout, most) if layout.data == 0 else layout for layout in asked]
+        else:
+            found = [layout for count in ranks or (most,) for layout in layouts(count, base)]
+        for layout in found:
+            if ranks_of(layout) > most:
+                raise UserError(
+                    f"verify-layouts: {layout_text(layout, base)} takes {ranks_of(layout)} ranks, "
+                    f"and {most} were started; start mpirun -n {ranks_of(layout)}"
+                )
+            reason = refusal(replace(config, parallel=layout))
+            text = layout_text(layout, base)
+            cases.append(Case(variant, layout, text, bool(named) or pairs, reason))
+    if pairs:
+        cases = [case for case in cases if not case.refused]
+        cases = [cases[number] for number in covering([_factors(case) for case in cases])]
+    return cases
+
+
+def refusal(config: RunConfig) -> str:
+    """Why the model cannot be trained under `config.parallel`, as far as the settings tell; or ''.
+
+    The model's `vocabulary` and `context` must be filled in.
+    """
+    layout = config.parallel
+    try:
+        build_model(config.model).check_layout(fit(layout, ranks_of(layout)))
+        resolve_batch(config.train, layout)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _factors(case: Case) -> dict[str, Hashable]:
+    """What tells a case from others."""
+    varied = (setting.partition("=") for setting in case.variant)
+    return {**factors(case.layout), **{name: value for name, _, value in varied}}
