@@ -9,7 +9,7 @@ import numpy as np
 
 from mpillm.nn.layer import Layer, Micro
 from mpillm.nn.stage import Stage
-from mpillm.nn.param import ParamStore
+from mpillm.nn.store import ParamStore
 
 __all__ = ["check_directional", "check_layer", "scramble"]
 

@@ -19,8 +19,9 @@ from mpillm.array.backend import Backend
 from mpillm.errors import UserError
 from mpillm.nn.dropout import Dropout
 from mpillm.nn.layer import Build
-from mpillm.nn.param import Init, Param, ParamStore
+from mpillm.nn.param import Init, Param
 from mpillm.nn.stage import Stage
+from mpillm.nn.store import ParamStore
 from mpillm.parallel.group import pairwise_sum
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.progress import Progress

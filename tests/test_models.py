@@ -24,8 +24,8 @@ from mpillm.models.gpt2 import Settings
 from mpillm.models.model import build_stages, partition
 from mpillm.models.settings import ModelSettings, build_model, families
 from mpillm.nn.layer import Build, Micro
-from mpillm.nn.param import ParamStore
 from mpillm.nn.stage import Stage
+from mpillm.nn.store import ParamStore
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings

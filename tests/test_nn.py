@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gradcheck import check_layer, scramble
+from held import held_bytes
 from mpi4py import MPI
 
 from mpillm.array.backend import Backend
@@ -25,8 +26,10 @@ from mpillm.nn.layer import Build, GradientSink, Layer, Micro
 from mpillm.nn.linear import ColumnLinear, RowLinear
 from mpillm.nn.mlp import MLP
 from mpillm.nn.norm import LayerNorm
-from mpillm.nn.param import Param, ParamStore
+from mpillm.nn.param import Param
+from mpillm.nn.recompute import Recompute
 from mpillm.nn.stage import Stage
+from mpillm.nn.store import ParamStore
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
@@ -137,6 +140,10 @@ def block(bias: bool = True, drop: float = 0.0) -> Make:
     )
 
 
+def again(factory: Make) -> Make:
+    return lambda build: Recompute(factory(build))
+
+
 def dropout(drop: float = 0.3, name: str = "dropout") -> Make:
     return lambda build: Dropout(build, name, drop)
 
@@ -183,6 +190,7 @@ LAYERS: dict[str, tuple[Callable[[Build], Any], tuple[np.ndarray, ...], dict[str
     "mlp without bias, with dropout": (mlp(bias=False, drop=0.3), (hidden(),), {}),
     "block": (block(), (hidden(),), {}),
     "block without bias, with dropout": (block(bias=False, drop=0.2), (hidden(),), {}),
+    "recomputed block with dropout": (again(block(drop=0.2)), (hidden(),), {}),
     "embedding": (embedding(), (), {}),
     "embedding with dropout": (embedding(drop=0.3), (), {}),
     "embedding, index by row": (embedding(tied=True), (), BY_ROW),
@@ -248,6 +256,16 @@ def test_nothing_is_saved_when_not_training(name: str, mesh: Mesh) -> None:
     in_training, saved = layer.forward(inputs, micro_batch(**changes))
     equal = all((x == y).all() for x, y in zip(outputs, in_training, strict=True))
     assert equal == ("dropout" not in name or name == "no dropout")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_weight_is_saved(name: str, mesh: Mesh) -> None:
+    """Where weights are sharded, they are gone, and elsewhere again by the backward pass."""
+    factory, inputs, changes = LAYERS[name]
+    layer, store = make(factory, mesh)
+    _, saved = layer.forward(inputs, micro_batch(**changes))
+    weights = [param.value for param in store.params]
+    assert held_bytes(saved, weights) == held_bytes(saved)
 
 
 def test_linear_layers_are_products_with_the_weight(mesh: Mesh) -> None:
@@ -503,18 +521,29 @@ def test_decoding_in_parts_equals_the_whole(parts: list[int], mesh: Mesh) -> Non
         assert state["attention"].length == start
 
 
-def test_a_cache_keeps_what_it_was_given() -> None:
-    cache = KeyValueCache(BACKEND, 2, 3, 6, 4, "float64")
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_a_cache_keeps_what_it_was_given(ranks: int) -> None:
+    """Each rank its share of it: all places once, and as many on every rank."""
+    caches = [
+        KeyValueCache(BACKEND, 2, 3, 6, 4, "float64", ranks=ranks, rank=rank)
+        for rank in range(ranks)
+    ]
     k, v = numbers(2, 3, 6, 4), numbers(2, 3, 6, 4, seed=6)
-    for a, b in pairwise([0, 1, 4, 6]):
-        keys, values, index = cache.extend(k[:, :, a:b], v[:, :, a:b])
-        assert (keys == k[:, :, :b]).all() and (values == v[:, :, :b]).all()
-        assert index.tolist() == list(range(b))
+    for a, b in pairwise([0, 1, 4, 4, 6]):
+        held = []
+        for cache in caches:
+            keys, values, index = cache.extend(k[:, :, a:b], v[:, :, a:b])
+            assert (keys == k[:, :, index]).all() and (values == v[:, :, index]).all()
+            assert cache.length == b
+            held.append(index.tolist())
+        assert sorted(place for places in held for place in places) == list(range(b))
+        assert max(map(len, held)) - min(map(len, held)) <= 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_full_cache_takes_no_more(count: int) -> None:
-    cache = KeyValueCache(BACKEND, 1, 1, 4, 2, "float64")
+def test_a_full_cache_takes_no_more(count: int, rank: int) -> None:
+    cache = KeyValueCache(BACKEND, 1, 1, 4, 2, "float64", ranks=2, rank=rank)
     cache.extend(numbers(1, 1, 4, 2), numbers(1, 1, 4, 2))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"{4 + count} tokens in a cache of 4"):
         cache.extend(numbers(1, 1, count, 2), numbers(1, 1, count, 2))

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpillm.array
-from mpillm.array import ops as ops_module
 from mpillm.array.backend import Backend
 from mpillm.array.fast_numpy import FastNumpyOps
 from mpillm.array.ops import Ops, norm_block
@@ -102,8 +101,9 @@ class Attention:
             inputs["k_document"] = np.array(self.k_document, np.int32)
         return inputs
 
-    def forward(self, ops: Ops, x: Inputs) -> tuple[Any, Any, Any]:
-        return ops.attention_forward(
+    def apply(self, operation: Callable[..., Any], x: Inputs) -> Any:
+        """`attention_forward` or `attention_saved`."""
+        return operation(
             x["q"],
             x["k"],
             x["v"],
@@ -116,6 +116,10 @@ class Attention:
             drop=self.drop,
             row_keys=x["row_keys"] if self.drop > 0 else None,
         )
+
+    def forward(self, ops: Ops, x: Inputs) -> tuple[Any, Any, Any]:
+        out, lse, saved = self.apply(ops.attention_forward, x)
+        return out, lse, saved
 
     def run(self, ops: Ops, x: Inputs) -> tuple[Any, ...]:
         out, lse, saved = self.forward(ops, x)
@@ -145,6 +149,22 @@ ATTENTION = {
     "no queries": Attention([], PLACES),
     "no rows": Attention(PLACES, PLACES, b=0),
 }
+
+
+def attention_merge(ops: Ops, x: Inputs) -> Sequence[Any]:
+    ops.attention_merge(x["out"], x["lse"], x["part"], x["part_lse"])
+    return ()
+
+
+def attention_merge_case(*shape: int) -> Case:
+    """Some rows have seen no key so far, some see none in the part."""
+    out, part = normal(1, *shape, 3), normal(2, *shape, 3)
+    lse, part_lse = 9 * normal(3, *shape), 9 * normal(4, *shape)
+    for which, (rows, row_lse) in enumerate([(out, lse), (part, part_lse)]):
+        blind = integers(5 + which, 2, *shape) == 1
+        rows[blind], row_lse[blind] = 0.0, -np.inf
+    inputs = {"out": out, "lse": lse, "part": part, "part_lse": part_lse}
+    return Case(inputs, attention_merge, ("out", "lse"))
 
 
 def layernorm(ops: Ops, x: Inputs) -> Sequence[Any]:
@@ -304,6 +324,8 @@ CASES: dict[str, Case] = {
         f"attention, {name}": Case(attention.inputs(), attention.run)
         for name, attention in ATTENTION.items()
     },
+    "attention_merge": attention_merge_case(2, 4, 6),
+    "attention_merge of nothing": attention_merge_case(2, 0, 6),
 }
 
 
@@ -640,6 +662,7 @@ def on(backend: Backend, inputs: Inputs) -> Inputs:
     return {name: backend.from_host(x.copy()) for name, x in inputs.items()}
 
 
+@pytest.mark.filterwarnings("error")
 @settings(max_examples=15)
 @given(
     st.sampled_from(["causal", "all to all", "documents", "dropout", "one key head", "zigzag",
@@ -652,17 +675,14 @@ def test_parts_of_the_keys_add_up_to_the_whole(name: str, inner: list[int]) -> N
     whole = attention.run(REFERENCE, x)
     tk = x["k"].shape[2]
     cuts = [0, *sorted(min(cut, tk) for cut in inner), tk]
-    results = []
+    out, lse = np.zeros_like(x["q"]), np.full(x["q"].shape[:3], -np.inf)
+    saved = []
     for a, b in pairwise(cuts):
         part = {**x, "k": x["k"][:, :, a:b], "v": x["v"][:, :, a:b]}
         part |= {n: x[n][..., a:b] for n in ("k_index", "k_document") if n in x}
-        results.append(attention.forward(REFERENCE, part))
-    lse = np.full(x["q"].shape[:3], -np.inf)
-    for _, part_lse, _ in results:
-        lse = np.logaddexp(lse, part_lse)
-    finite = np.where(np.isfinite(lse), lse, 0.0)
-    out = sum(o * np.exp(part_lse - finite)[..., None] for o, part_lse, _ in results)
-    slopes = [REFERENCE.attention_backward(x["d_out"], out, lse, saved) for _, _, saved in results]
+        REFERENCE.attention_merge(out, lse, *attention.forward(REFERENCE, part)[:2])
+        saved.append(attention.apply(REFERENCE.attention_saved, part))
+    slopes = [REFERENCE.attention_backward(x["d_out"], out, lse, part) for part in saved]
     merged = (
         out,
         lse,
@@ -672,6 +692,18 @@ def test_parts_of_the_keys_add_up_to_the_whole(name: str, inner: list[int]) -> N
     )
     for ours, exact in zip(merged, whole, strict=True):
         same(np.asarray(ours), exact, 1e-13)
+
+
+def test_parts_are_merged_into_wider_sums(backend: Backend) -> None:
+    x = attention_merge_case(2, 4, 6).inputs
+    held = on(backend, x)
+    part = on(backend, cast({"part": x["part"], "part_lse": x["part_lse"]}, "float32"))
+    backend.ops.attention_merge(held["out"], held["lse"], part["part"], part["part_lse"])
+    REFERENCE.attention_merge(x["out"], x["lse"], x["part"], x["part_lse"])
+    for name in ("out", "lse"):
+        ours = backend.to_host(held[name])
+        assert ours.dtype == "float64"
+        same(ours, x[name], 1e-6)
 
 
 # -- sums of squares ------------------------------------------------------------------------------

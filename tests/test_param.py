@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mpillm.array.backend import Backend
 from mpillm.array.ops import norm_block
 from mpillm.array.random import fold
-from mpillm.nn import param as param_module
-from mpillm.nn.arena import cut_into_parts
-from mpillm.nn.param import Init, Param, ParamStore
+from mpillm.nn import store as store_module
+from mpillm.nn.param import Init, Param, cut_into_parts
+from mpillm.nn.store import ParamStore
 from mpillm.parallel.shard import Shard
 
 BACKEND = Backend.create("numpy")
@@ -170,7 +170,7 @@ def test_initial_values_of_a_shard_are_those_of_the_whole(
     exact = BACKEND.random.normal_slab(fold(5, "init", "p"), shape, (0,) * len(shape), shape)
     assert (whole == 0.5 * exact).all()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(param_module, "_INIT_BLOCK", block)
+        patch.setattr(store_module, "_INIT_BLOCK", block)
         for index in range(parts):
             shard = Shard.split(shape, axis, parts, index)
             assert values(shard).tobytes() == whole[shard.slices].tobytes()

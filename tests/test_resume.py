@@ -132,15 +132,29 @@ def test_killed_and_resumed_is_bitwise_the_same(
         assert (values == found[key]).all(), key
 
 
-@pytest.mark.parametrize("layout", ["data", "tensor", "pipe"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"data": 2},
+        {"tensor": 2},
+        {"tensor": 2, "sequence": "true"},
+        {"pipe": 2},
+        {"pipe": 2, "chunks": 2, "schedule": "interleaved"},
+        {"context": 2},
+        {"data": 2, "zero": 1},
+        {"data": 2, "zero": 3},
+    ],
+    ids=lambda layout: "-".join(f"{key}-{value}" for key, value in layout.items()),
+)
 def test_resumed_in_another_layout(
-    mpirun: Command, config: Path, whole: Path, folder: Path, layout: str
+    mpirun: Command, config: Path, whole: Path, folder: Path, layout: dict[str, Any]
 ) -> None:
     """The last steps on two ranks, against one rank all the way."""
     mixed = folder
     shutil.rmtree(mixed / "checkpoints" / f"step-{STEPS:08d}")
-    said = succeed(mpirun(2, *arguments(config, mixed, f"--parallel.{layout}=2")))
-    assert f"resumed after step {STEPS - 3}" in said and f"{layout} 2" in said
+    settings = [f"--parallel.{key}={value}" for key, value in layout.items()]
+    said = succeed(mpirun(2, *arguments(config, mixed, *settings)))
+    assert f"resumed after step {STEPS - 3}" in said and f"{next(iter(layout))} 2" in said
     for ours, theirs in zip(metrics(whole), metrics(mixed), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
         assert ours.keys() == theirs.keys()

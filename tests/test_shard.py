@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.parallel.shard import Shard, split_range
+from mpillm.parallel.shard import Shard, split_range, zigzag
 
 Shape = tuple[int, ...]
 
@@ -72,6 +72,41 @@ def test_three_heads_on_four_ranks() -> None:
 def test_a_part_that_does_not_exist(parts: int, index: int) -> None:
     with pytest.raises(ValueError, match=f"part {index} of {parts} does not exist"):
         split_range(10, parts, index)
+
+
+# --- zigzag --------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 200), st.integers(1, 9))
+def test_a_sequence_is_dealt_out_in_zigzag(length: int, ranks: int) -> None:
+    runs = [zigzag(length, ranks, rank) for rank in range(ranks)]
+    there_and_back = [low for low, _ in runs] + [high for _, high in reversed(runs)]
+    places = [place for start, stop in there_and_back for place in range(start, stop)]
+    assert places == list(range(length))
+    sizes = [stop - start for start, stop in there_and_back]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(0, 200), st.integers(1, 9))
+def test_under_a_causal_mask_all_ranks_see_as_many_keys(length: int, ranks: int) -> None:
+    """The query at place p sees p + 1 keys; uneven chunks differ by less than two whole rows."""
+    seen = [
+        sum(place + 1 for run in zigzag(length, ranks, rank) for place in range(*run))
+        for rank in range(ranks)
+    ]
+    assert max(seen) - min(seen) <= 2 * length
+    if length % (2 * ranks) == 0:
+        assert max(seen) == min(seen)
+
+
+def test_one_rank_has_two_halves() -> None:
+    assert zigzag(5, 1, 0) == ((0, 3), (3, 5))
+
+
+@pytest.mark.parametrize("rank", [-1, 2, 3])
+def test_a_rank_that_does_not_exist(rank: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {rank} of 2 does not exist"):
+        zigzag(10, 2, rank)
 
 
 # --- Shard ---------------------------------------------------------------------------------------

@@ -99,12 +99,15 @@ class RoutingOps:
 
         weights_nk: None for ones.
         """
-        y_nd = None
-        for choice in range(slots_nk.shape[1]):
+        n, k = slots_nk.shape
+        y_nd = self.xp.zeros((n, rows_md.shape[1]), dtype=rows_md.dtype)
+        if rows_md.shape[0] == 0:  # all were dropped, and slot 0 is not there
+            return y_nd
+        for choice in range(k):
             part_nd = rows_md[slots_nk[:, choice]]
             if weights_nk is not None:
                 part_nd *= weights_nk[:, choice, None]
-            y_nd = part_nd if y_nd is None else self.xp.add(y_nd, part_nd, out=y_nd)
+            y_nd += part_nd
         return y_nd
 
     def combine_backward(
@@ -115,8 +118,8 @@ class RoutingOps:
         n, k = slots_nk.shape
         d_rows_md = dy_nd[order_m // k]
         d_rows_md *= weights_nk.reshape(-1)[order_m][:, None]
-        d_weights_nk = xp.empty((n, k), dtype=dy_nd.dtype)
-        for choice in range(k):
+        d_weights_nk = xp.zeros((n, k), dtype=dy_nd.dtype)
+        for choice in range(k if rows_md.shape[0] else 0):
             d_weights_nk[:, choice] = (dy_nd * rows_md[slots_nk[:, choice]]).sum(axis=1)
         return d_rows_md, d_weights_nk
 

@@ -12,7 +12,8 @@ __all__ = ["PreNormBlock"]
 class PreNormBlock(Layer):
     """x + attention(norm1(x)), then x + mlp(norm2(x)).
 
-    Takes and gives this rank's rows, (b, t, d) or (rows, d), see `mpillm.nn.rows`.
+    Takes and gives this rank's rows, (b, t, d) or (rows, d), see `mpillm.nn.rows`. In a model with
+    mixtures of experts also the auxiliary loss so far, float64 (1,), to which a mixture adds.
     """
 
     def __init__(self, norm1: Layer, attention: Layer, norm2: Layer, mlp: Layer) -> None:
@@ -22,23 +23,27 @@ class PreNormBlock(Layer):
         self.mlp = mlp
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """This rank's rows of x -> those of y."""
+        """This rank's rows of x -> those of y; with an auxiliary loss, if there is one."""
+        x, *auxiliary = inputs
         saved = []
         for norm, branch in ((self.norm1, self.attention), (self.norm2, self.mlp)):
-            hidden, saved_norm = norm.forward(inputs, micro)
-            hidden, saved_branch = branch.forward(hidden, micro)
-            inputs = (inputs[0] + hidden[0],)
-            saved.append((saved_norm, saved_branch))
-        return inputs, saved if micro.training else None
+            hidden, saved_norm = norm.forward((x,), micro)
+            (y, *losses), saved_branch = branch.forward(hidden, micro)
+            x = x + y
+            if losses:
+                auxiliary = [auxiliary[0] + losses[0]]
+            saved.append((saved_norm, saved_branch, len(losses)))
+        return (x, *auxiliary), saved if micro.training else None
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
         """dy -> dx."""
+        dy, *d_auxiliary = d_outputs
         for norm, branch in ((self.norm2, self.mlp), (self.norm1, self.attention)):
-            saved_norm, saved_branch = saved.pop()
-            d_hidden = branch.backward(d_outputs, saved_branch, micro)
+            saved_norm, saved_branch, losses = saved.pop()
+            d_hidden = branch.backward((dy, *d_auxiliary[:losses]), saved_branch, micro)
             d_hidden = norm.backward(d_hidden, saved_norm, micro)
-            d_outputs = (d_outputs[0] + d_hidden[0],)
-        return d_outputs
+            dy = dy + d_hidden[0]
+        return (dy, *d_auxiliary)
 
     def new_state(self, b: int, capacity: int) -> dict[str, Any]:
         """The decoding state of both branches."""

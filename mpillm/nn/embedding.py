@@ -33,6 +33,8 @@ class Embedding(Layer):
     """x = tokens[token] + positions[index], with dropout.
 
     Takes nothing; gives this rank's rows of x, (b, t, d) or (rows, d), see `mpillm.nn.rows`.
+
+    auxiliary: whether it also gives an auxiliary loss of 0, float64 (1,), for blocks to add to.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Embedding(Layer):
         std: float,
         drop: float,
         tied: bool,
+        auxiliary: bool = False,
     ) -> None:
         self._backend = build.backend
         self._rows = build.rows
@@ -58,20 +61,24 @@ class Embedding(Layer):
             owner=build.mesh.tensor.rank == 0,
         )
         self._dropout = Dropout(build, "embedding", drop)
+        self._auxiliary = auxiliary
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """() -> this rank's rows of x."""
+        """() -> this rank's rows of x, and the auxiliary loss, if any."""
         ops, rows, index = self._backend.ops, self._rows, micro.index
         first = self.tokens.shard.start[0]
         x = rows.sum(ops.embedding_forward(self.tokens.value, micro.tokens, first))
         if rows.shared:
             index = rows.take(self._backend.xp.broadcast_to(index, micro.shape))
         x += ops.embedding_forward(self.positions.value, index)
-        return self._dropout.forward((x,), micro)
+        outputs, saved = self._dropout.forward((x,), micro)
+        if self._auxiliary:
+            outputs = (*outputs, self._backend.zeros((1,), "float64"))
+        return outputs, saved
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
         """This rank's rows of dx -> ()."""
-        (d_rows,) = self._dropout.backward(d_outputs, saved, micro)
+        (d_rows,) = self._dropout.backward(d_outputs[:1], saved, micro)
         tokens, positions, ops = self.tokens, self.positions, self._backend.ops
 
         def add_gradients() -> None:

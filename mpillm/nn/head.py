@@ -28,7 +28,8 @@ class LanguageModelHead(Layer):
 
     Takes this rank's rows of x, (b, t, d) or (rows, d), see `mpillm.nn.rows`. Gives, by
     `micro.want`, the summed loss of the counted tokens as a 0-dimensional float64, or all logits
-    (b, t, v), or those of the last token (b, 1, v).
+    (b, t, v), or those of the last token (b, 1, v). An auxiliary loss, float64 (1,), is passed on
+    beside the loss; the step's loss is the sum of both.
 
     norm: the final norm. tied: the projection is the embedding's table, else a weight of its own.
     """
@@ -56,10 +57,11 @@ class LanguageModelHead(Layer):
         self._first = self.weight.shard.start[0]
 
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
-        """This rank's rows of x -> (loss,) or (logits,)."""
+        """This rank's rows of x -> (loss,) or (logits,); (x, auxiliary) -> (loss, auxiliary)."""
+        x, *auxiliary = inputs
         if micro.want != "loss":
-            return (self._all_logits(inputs[0], micro),), None
-        (y,), saved_norm = self._norm.forward(inputs, micro)
+            return (self._all_logits(x, micro),), None
+        (y,), saved_norm = self._norm.forward((x,), micro)
         y_nd = self._all_rows(y, micro)
         labels_n, mask_n = micro.labels.reshape(-1), micro.mask.reshape(-1)
         total, sums = self._backend.zeros((), "float64"), []
@@ -68,12 +70,16 @@ class LanguageModelHead(Layer):
             loss_n = (self._backend.xp.log(exp_sum) - target) * mask_n[rows]
             total += loss_n.sum(dtype="float64")
             sums.append((row_max, exp_sum))
-        return (total,), (saved_norm, y, sums) if micro.training else None
+        saved = (saved_norm, y, sums, len(auxiliary)) if micro.training else None
+        return (total, *auxiliary), saved
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
-        """(the derivative of the step's loss by a token's loss, a float) -> this rank's dx."""
+        """(the derivative of the step's loss by a token's loss, a float) -> this rank's dx.
+
+        Followed by the derivative by the auxiliary loss, the same number, if there is one.
+        """
         (scale,) = d_outputs
-        saved_norm, y, sums = saved
+        saved_norm, y, sums, losses = saved
         y_nd = self._all_rows(y, micro)
         labels_n, weight_n = micro.labels.reshape(-1), micro.mask.reshape(-1) * scale
         dy_nd = self._backend.empty(y_nd.shape, y_nd.dtype)
@@ -91,8 +97,10 @@ class LanguageModelHead(Layer):
                 ops.matmul(d_logits.T, y_nd[rows], out=weight.grad, accumulate=True)
 
             micro.gradients.add((weight,), add_gradients)
-        dy = self._rows.sum(dy_nd.reshape(*micro.shape, -1))
-        return self._norm.backward((dy,), saved_norm, micro)
+        dy = self._rows.sum(dy_nd.reshape(*micro.shape, dy_nd.shape[-1]))
+        d_inputs = self._norm.backward((dy,), saved_norm, micro)
+        d_auxiliary = [self._backend.xp.full((1,), scale, dtype="float64")] * losses
+        return (*d_inputs, *d_auxiliary)
 
     def _all_rows(self, y: Array, micro: Micro) -> Array:
         """(b * t, d)."""

@@ -13,7 +13,8 @@ from mpillm.parallel.progress import Progress
 
 if TYPE_CHECKING:
     from mpillm.array.backend import Array, Backend
-    from mpillm.nn.param import Param, ParamStore
+    from mpillm.nn.param import Param
+    from mpillm.nn.store import ParamStore
     from mpillm.parallel.mesh import Mesh
 
 __all__ = ["Build", "GradientSink", "Keys", "Layer", "Micro", "PutOff", "Recomputed", "row_keys"]

@@ -1,39 +1,31 @@
 """Parameters and the flat arenas that their values and gradients lie in.
 
-A layer asks its stage's `ParamStore` for each parameter's shard at construction; when all layers of
-the stage are built, `allocate` lays the parameters out in arenas and computes the initial values of
-what this rank owns. An arena holds the parameters of one layer that are reduced over the same
-groups: it is what reduction, clipping, ZeRO, the optimizer and checkpoints work on, a long
-contiguous array.
+An arena holds the parameters of one layer that are reduced over the same groups: it is what
+reduction, clipping, ZeRO, the optimizer and checkpoints work on, a long contiguous array.
 
 ZeRO (Rajbhandari et al. 2020) shares out arenas over the ranks that hold the same parameters: stage
 1 the optimizer's work and state, stage 2 also the gradients, stage 3 also the weights, which are
-then there between `acquire` and `release` only.
+then there while a layer is at work only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from mpillm.array.pool import Pool
-from mpillm.array.random import fold
-from mpillm.nn.arena import Arena, cut_into_parts
-from mpillm.parallel.progress import Progress
+from mpillm.array.ops import norm_block
 from mpillm.parallel.shard import Shard
 
 if TYPE_CHECKING:
     from mpillm.array.backend import Array, Backend
+    from mpillm.array.pool import Pool
     from mpillm.parallel.group import Group
+    from mpillm.parallel.request import Request
 
-__all__ = ["Init", "Param", "ParamStore"]
-
-# Parameters begin at multiples of this many elements, so that rows stay aligned to cache lines.
-_ALIGN = 16
-
-# Elements whose initial values are computed at once: bounds the float64 temporaries.
-_INIT_BLOCK = 1 << 22
+__all__ = ["Arena", "Init", "Param", "cut_into_parts"]
 
 
 @dataclass(frozen=True)
@@ -75,161 +67,203 @@ class Param:
     grad: Array = field(default=None, repr=False)
 
 
-class ParamStore:
-    """The parameters of one stage on this rank."""
+def cut_into_parts(
+    params: Sequence[Param], offsets: Sequence[int], size: int, parts: int
+) -> list[int]:
+    """Where the parts of an arena begin and end, `parts + 1` ascending places from 0 to `size`.
 
-    def __init__(
-        self,
-        backend: Backend,
-        dtype: Any,
-        seed: int | None,
-        *,
-        zero: int = 0,
-        progress: Progress | None = None,
-    ) -> None:
-        """seed: of the initial values; None leaves zeros, for weights that are loaded.
+    As even as can be where a part may begin only where a parameter or one of the blocks begins
+    whose squares are summed for the norm: then every block lies in one part, and its sum has the
+    same bits however many parts there are.
+    """
+    cuts = [0]
+    for number in range(1, parts):
+        target = size * number // parts
+        place = max(0, bisect_right(offsets, target) - 1)
+        block = norm_block(params[place].shard.shape)
+        blocks = (target - offsets[place] + block // 2) // block
+        after = offsets[place + 1] if place + 1 < len(offsets) else size
+        # Past its last element a parameter has no block to begin.
+        cut = offsets[place] + blocks * block
+        cuts.append(cut if blocks * block < params[place].shard.size else after)
+    return [*cuts, size]
 
-        zero: the ZeRO stage. progress: drives the gathering of sharded weights.
-        """
-        self.dtype = dtype
-        self.pool = Pool(backend)
-        self.arenas: list[Arena] = []
-        self._backend = backend
-        self._seed = seed
-        self._zero = zero
-        self._progress = progress or Progress()
-        self._uses: list[Param] = []
-        self._layer = 0
-        self._sharded: list[list[Arena]] = []  # of every layer, the arenas to gather
 
-    def next_layer(self) -> None:
-        """The parameters that are added from now on are those of the stage's next layer."""
-        self._layer += 1
+@dataclass(eq=False)
+class Arena:
+    """Parameters of a layer that are reduced over the same groups, in one flat array.
 
-    def add(
-        self,
-        name: str,
-        shard: Shard,
-        init: Init,
-        *,
-        reduce_over: tuple[Group, ...],
-        decay: bool,
-        owner: bool,
-        tied_use: int | None = None,
-    ) -> Param:
-        """Ask for a parameter's shard; its arrays are there after `allocate`.
+    params and offsets: the distinct parameters and where each begins; size: elements, alignment
+    included; uses: of each parameter, its uses on this stage in order. zero: the ZeRO stage; cuts:
+    where the parts of the ranks of `reduce_over[0]` begin and end; rank: whose part is this rank's.
 
-        A tied parameter is added once by each layer that uses it, with `tied_use` 0, 1, ... in the
-        order of the layers in the model; every other name may be added only once.
-        """
-        uses = [param for param in self._uses if param.name == name]
-        if uses and (tied_use is None or uses[0].shard != shard or not uses[0].tied):
-            raise ValueError(f"parameter {name} is there already")
-        tied, use = tied_use is not None, tied_use or 0
-        param = Param(name, shard, init, reduce_over, decay, owner, tied, self._layer, use)
-        self._uses.append(param)
-        return param
+    value: the weights, (size,); None while weights are sharded and not gathered.
+    grads: (uses, size), a row for each local use of tied parameters, else one row; None while
+    gradients are sharded and none is being computed.
+    master, grad: this rank's part of the weights that the optimizer updates and of the gradient it
+    reads, once the uses were added up; flat, views of `value` and `grads` where these are whole.
+    """
+
+    params: list[Param]
+    offsets: list[int]
+    size: int
+    uses: list[list[Param]]
+    zero: int
+    cuts: list[int]
+    rank: int
+    value: Array = None
+    grads: Array = None
+    master: Array = None
+    grad: Array = None
+    gathering: Request | None = None  # of the weights, from the time it begins to their release
+    _holders: int = field(default=0, repr=False)
+    _dtype: Any = field(default=None, repr=False)
+    _gathered: Array = field(default=None, repr=False)
 
     @property
-    def params(self) -> list[Param]:
-        """Each distinct parameter once, in order of registration."""
-        first: dict[str, Param] = {}
-        for param in self._uses:
-            first.setdefault(param.name, param)
-        return list(first.values())
+    def reduce_over(self) -> tuple[Group, ...]:
+        """The groups that the gradient is summed over."""
+        return self.params[0].reduce_over
 
-    def allocate(self) -> None:
-        """Lay out the arenas, bind all views, and fill in the initial values."""
-        groups: dict[tuple[tuple[str, ...], int | None], list[Param]] = {}
-        for param in self.params:
-            axes = tuple(group.axis for group in param.reduce_over)
-            groups.setdefault((axes, None if param.tied else param.layer), []).append(param)
-        self.arenas = [self._arena(params) for params in groups.values()]
-        self._sharded = [
-            [arena for arena in self.arenas if layer in arena.layers and arena.zero == 3]
-            for layer in range(self._layer + 1)
-        ]
+    @property
+    def tied(self) -> bool:
+        """Whether its parameters have uses on the first and on the last stage."""
+        return self.params[0].tied
 
-    def weights(self) -> Iterator[tuple[Param, tuple[int, int] | None, Array]]:
-        """What this rank keeps of every parameter: (parameter, range, view).
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers of the stage that use it, ascending."""
+        return sorted({use.layer for uses in self.uses for use in uses})
 
-        The view has the shape of the parameter's shard; with a range, [start, stop) in the shard's
-        C-order flattened elements, it is flat and holds these.
+    @property
+    def rows(self) -> int:
+        """Rows of `grads`."""
+        return max(len(uses) for uses in self.uses)
+
+    @property
+    def part(self) -> slice:
+        """This rank's part."""
+        return slice(self.cuts[self.rank], self.cuts[self.rank + 1])
+
+    @property
+    def counts(self) -> list[int]:
+        """Elements of each rank's part."""
+        return [b - a for a, b in pairwise(self.cuts)]
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of weights and of gradients that stay on this rank."""
+        weights = self.master if self.zero == 3 else self.value
+        gradients = self.grad if self.zero >= 2 else self.grads
+        return int(weights.nbytes), int(gradients.nbytes)
+
+    # -- arrays ------------------------------------------------------------------------------------
+
+    def allocate(self, backend: Backend, dtype: Any) -> None:
+        """Make the arrays that stay, all zeros, and bind the views of the parameters."""
+        self._dtype = dtype
+        own = self.counts[self.rank]
+        if self.zero == 3:
+            self.master = backend.zeros((own,), dtype)
+        else:
+            self.value = backend.zeros((self.size,), dtype)
+            self.master = self.value[self.part]
+            self._bind_values()
+        if self.zero >= 2:
+            self.grad = backend.zeros((own,), dtype)
+        else:
+            self.bind_grads(backend.zeros((self.rows, self.size), dtype))
+            self.grad = self.grads[0, self.part]
+
+    def open_grads(self, pool: Pool) -> None:
+        """Make sure that gradients can be added to; where they are sharded they begin at zero."""
+        if self.grads is None:
+            grads = pool.take((self.rows, self.size), self._dtype)
+            grads.fill(0.0)
+            self.bind_grads(grads)
+
+    def close_grads(self) -> Array:
+        """Take the gradients away; returns them, for the caller to give back to the pool."""
+        grads = self.grads
+        self.bind_grads(None)
+        return grads
+
+    def bind_grads(self, grads: Array) -> None:
+        """Let the uses' gradients be views of `grads`; None takes them away."""
+        self.grads = grads
+        for uses, offset in zip(self.uses, self.offsets, strict=True):
+            for row, use in enumerate(uses):
+                flat = slice(offset, offset + use.shard.size)
+                use.grad = None if grads is None else _shaped(grads[row, flat], use)
+
+    def gather(self, pool: Pool) -> Request:
+        """Begin to gather the weights from the ranks that share them."""
+        self._gathered = pool.take((self.size,), self._dtype)
+        return self.reduce_over[0].iallgather(self.master, self._gathered, self.counts)
+
+    def bind_values(self) -> None:
+        """The gathered weights are in: let the parameters be views of them."""
+        self._holders += 1
+        if self._holders == 1:
+            self.value = self._gathered
+            self._bind_values()
+
+    def unbind_values(self, pool: Pool) -> None:
+        """One holder less; the last one takes the gathered weights away."""
+        self._holders -= 1
+        if self._holders == 0:
+            pool.give(self.value)
+            self.value = self._gathered = self.gathering = None
+            self._bind_values()
+
+    def share_values(self) -> Request | None:
+        """Begin to send this rank's updated weights to the others, where all keep all weights."""
+        if self.zero not in (1, 2):
+            return None
+        return self.reduce_over[0].iallgather(self.master, self.value, self.counts)
+
+    def _bind_values(self) -> None:
+        for uses, offset in zip(self.uses, self.offsets, strict=True):
+            for use in uses:
+                flat = slice(offset, offset + use.shard.size)
+                use.value = None if self.value is None else _shaped(self.value[flat], use)
+
+    # -- what lies where ---------------------------------------------------------------------------
+
+    def wholes(self, x: Array) -> Iterator[tuple[Param, None, Array]]:
+        """(parameter, None, view of its shard's shape) of all of `x`, laid out like `value`."""
+        for param, offset in zip(self.params, self.offsets, strict=True):
+            yield param, None, _shaped(x[offset : offset + param.shard.size], param)
+
+    def pieces(
+        self, x: Array, *, all: bool = False
+    ) -> Iterator[tuple[Param, tuple[int, int], Array]]:
+        """(parameter, [start, stop) in its flattened shard, flat view) of what `x` holds.
+
+        x: laid out like this rank's part; with `all`, like the whole arena.
         """
-        for arena in self.arenas:
-            yield from arena.pieces(arena.master) if arena.zero == 3 else arena.wholes(arena.value)
+        low, high = (0, self.size) if all else (self.part.start, self.part.stop)
+        for param, offset in zip(self.params, self.offsets, strict=True):
+            start = max(low, offset)
+            stop = min(high, offset + param.shard.size)
+            if start < stop:
+                yield param, (start - offset, stop - offset), x[start - low : stop - low]
 
-    # -- weights that are sharded ------------------------------------------------------------------
+    def spans(self) -> list[tuple[int, int, bool]]:
+        """(start, stop, decay) of the runs of this rank's part that agree about weight decay."""
+        low, high = self.part.start, self.part.stop
+        spans: list[tuple[int, int, bool]] = []
+        ends = [*self.offsets[1:], self.size]
+        for param, start, stop in zip(self.params, self.offsets, ends, strict=True):
+            a, b = max(start, low) - low, min(stop, high) - low
+            if a >= b:
+                continue
+            if spans and spans[-1][2] == param.decay:
+                spans[-1] = (spans[-1][0], b, param.decay)
+            else:
+                spans.append((a, b, param.decay))
+        return spans
 
-    def acquire(self, number: int, following: int) -> None:
-        """Make the weights of layer `number` valid, and fetch those of layer `following`.
 
-        Layers outside of the stage have none. The ranks that share them call in the same order.
-        """
-        for layer in (number, following):
-            if 0 <= layer < len(self._sharded):
-                for arena in self._sharded[layer]:
-                    if arena.gathering is None:
-                        arena.gathering = self._progress.watch(arena.gather(self.pool))
-        for arena in self._sharded[number] if self._sharded else ():
-            if arena.gathering is not None:
-                self._progress.wait(arena.gathering)
-            arena.bind_values()
-
-    def release(self, number: int) -> None:
-        """The weights of layer `number` are not needed for now."""
-        for arena in self._sharded[number] if self._sharded else ():
-            arena.unbind_values(self.pool)
-
-    # -- laying out --------------------------------------------------------------------------------
-
-    def _arena(self, params: list[Param]) -> Arena:
-        # Those without decay last, so that the optimizer goes over few long runs.
-        params = sorted(params, key=lambda param: not param.decay)
-        offsets, size = [], 0
-        for param in params:
-            offsets.append(size)
-            size += -(-param.shard.size // _ALIGN) * _ALIGN
-        # The uses of every parameter of a tied arena are on the same layers' stages.
-        uses = [[use for use in self._uses if use.name == param.name] for param in params]
-        replicas = params[0].reduce_over[0]
-        zero = self._zero if replicas.size > 1 else 0
-        arena = Arena(
-            params=params,
-            offsets=offsets,
-            size=size,
-            uses=uses,
-            zero=zero,
-            cuts=cut_into_parts(params, offsets, size, replicas.size if zero else 1),
-            rank=replicas.rank if zero else 0,
-        )
-        for same in uses:
-            for use in same:
-                use.arena = arena
-        arena.allocate(self._backend, self.dtype)
-        if self._seed is not None:
-            kept = arena.pieces(arena.master) if zero == 3 else arena.pieces(arena.value, all=True)
-            for param, (start, stop), flat in kept:
-                self._initialize(param, start, stop, flat, fold(self._seed, "init", param.name))
-        return arena
-
-    def _initialize(self, param: Param, start: int, stop: int, flat: Array, key: int) -> None:
-        """Write the initial values of [start, stop) of `param`'s flattened shard to `flat`."""
-        if param.init.kind != "normal":
-            flat.fill(0.0 if param.init.kind == "zeros" else 1.0)
-            return
-        if start == stop:
-            return
-        shard = param.shard
-        row = shard.size // shard.local_shape[0]
-        rows = max(1, _INIT_BLOCK // row)
-        for low in range(start // row, -(-stop // row), rows):
-            high = min(low + rows, -(-stop // row))
-            first = shard.start[0]
-            block = self._backend.host_random.normal_slab(
-                key, shard.shape, (first + low, *shard.start[1:]), (first + high, *shard.stop[1:])
-            )
-            block *= param.init.std
-            a, b = max(start, low * row), min(stop, high * row)
-            values = block.reshape(-1)[a - low * row : b - low * row].astype(self.dtype)
-            flat[a - start : b - start] = self._backend.from_host(values)
+def _shaped(flat: Array, param: Param) -> Array:
+    return flat.reshape(param.shard.local_shape)

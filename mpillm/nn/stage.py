@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpillm.nn.layer import Arrays, Layer, Micro, PutOff
 
 if TYPE_CHECKING:
-    from mpillm.nn.param import ParamStore
+    from mpillm.nn.store import ParamStore
 
 __all__ = ["Stage"]
 

@@ -20,9 +20,8 @@ import numpy as np
 
 from mpillm.array.backend import Array, Backend
 from mpillm.array.ops import norm_block
-from mpillm.nn.arena import Arena
 from mpillm.nn.layer import GradientSink, Layer
-from mpillm.nn.param import Param
+from mpillm.nn.param import Arena, Param
 from mpillm.nn.stage import Stage
 from mpillm.parallel.mesh import Mesh
 from mpillm.parallel.progress import Progress
@@ -130,7 +129,7 @@ class Gradients:
             (arena.grads if arena.grads is not None else arena.grad).fill(0.0)
 
     def sink(self, place: int) -> GradientSink:
-        """Where layers hand in the gradients of this rank's micro-batch number `place` of a step."""
+        """Where layers hand in gradients of this rank's micro-batch number `place` of a step."""
         return _Sink(self, place)
 
     def open(self, params: tuple[Param, ...]) -> None:

@@ -15,8 +15,8 @@ from mpillm.array.backend import Backend
 from mpillm.array.ops import Ops
 from mpillm.nn.attention import SelfAttention
 from mpillm.nn.layer import Build, Keys, Micro
-from mpillm.nn.param import ParamStore
 from mpillm.nn.ring import RingAttention, context_share, merge_shares
+from mpillm.nn.store import ParamStore
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.progress import Progress
 from mpillm.parallel.recorder import Recorder, Traffic
@@ -70,34 +70,37 @@ def share(x: np.ndarray, axis: int, length: int, ranks: int, rank: int) -> np.nd
 
 
 def close(ours: np.ndarray, exact: np.ndarray, tolerance: float) -> None:
+    """Relative to the largest element, or to the operands, which are about 1, if that is larger."""
     assert ours.shape == exact.shape
     infinite = np.isinf(exact)
     assert (ours[infinite] == exact[infinite]).all()
-    scale = np.abs(exact[~infinite]).max(initial=1e-30)
+    scale = np.abs(exact[~infinite]).max(initial=1.0)
     assert np.abs(ours[~infinite] - exact[~infinite]).max(initial=0.0) <= tolerance * scale
 
 
 Meshes = Callable[..., Mesh]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def meshes(world: Comm) -> Iterator[Meshes]:
-    """Makes the mesh that has all ranks along the context axis, or another one."""
-    made = []
+    """The mesh that has all ranks along the context axis, or another one; each is made once."""
+    made: dict[Any, Mesh] = {}
 
-    def make(
+    def mesh(
         backend: Backend = NUMPY,
         recorder: Recorder | None = None,
         message_limit: int = 1 << 30,
         **layout: Any,
     ) -> Mesh:
         settings = fit(ParallelSettings(**{"context": world.size, **layout}), world.size)
-        made.append(Mesh(world, settings, backend, recorder or Recorder(), message_limit))
-        return made[-1]
+        key = (backend.name, recorder, message_limit, settings)
+        if key not in made:
+            made[key] = Mesh(world, settings, backend, recorder or Recorder(), message_limit)
+        return made[key]
 
-    yield make
-    for mesh in made:
-        mesh.free()
+    yield mesh
+    for one in made.values():
+        one.free()
 
 
 Passes = tuple[tuple[Any, Any], Callable[[], tuple[Any, Any, Any]]]
