@@ -29,7 +29,8 @@ class GradientSink:
     """Where layers hand in the work that adds to weight gradients; it is done at once.
 
     Layers say which parameters a piece of work completes, and never touch `grad` outside of it, so
-    that a sink may put the work off or follow which gradients are complete.
+    that a sink may put the work off or follow which gradients are complete. Work may talk to the
+    tensor group: a sink does it in the order in which it was handed in, alike on all tensor ranks.
     """
 
     def add(self, params: tuple[Param, ...], work: Callable[[], None]) -> None:
@@ -134,8 +135,8 @@ class Layer(ABC):
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
         """Derivatives of the loss by the inputs, given those by the outputs.
 
-        Hands the work for weight gradients to `micro.gradients`. May overwrite `d_outputs`, and
-        what is in `saved`: both are used once.
+        Hands the work for weight gradients to `micro.gradients`. May overwrite what is in `saved`,
+        which is used once, and leaves `d_outputs` as they are: a residual path uses them again.
         """
 
     def new_state(self, b: int, capacity: int) -> dict[str, Any]:
