@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpillm.errors import UserError
 from mpillm.nn.layer import Build, Layer, Micro, Recomputed
-from mpillm.nn.param import ParamStore
 from mpillm.nn.stage import Stage
+from mpillm.nn.store import ParamStore
 
 if TYPE_CHECKING:
     from mpillm.array.backend import Backend
@@ -42,7 +42,8 @@ class Model:
     units: its layers from tokens to loss; a pipeline may be cut between any two. boundary: shapes
     and dtypes of the arrays that cross a cut for a micro-batch, by the dtype of activations and how
     tensor ranks share out rows. axes: the mesh axes it can use. why_not: of axes that it cannot
-    use, why, where there is more to say.
+    use, why, where there is more to say. auxiliary: whether the head gives an auxiliary loss beside
+    the loss; the step's loss is the sum of both.
     """
 
     family: str
@@ -50,10 +51,10 @@ class Model:
     boundary: Callable[[Micro, Any, SharedRows], tuple[Spec, ...]]
     axes: frozenset[str]
     why_not: Mapping[str, str] = field(default_factory=dict)
+    auxiliary: bool = False
 
-    def check_layout(self, mesh: Mesh) -> None:
-        """UserError when the mesh has an axis that this model cannot use, or too many stages."""
-        layout = mesh.layout
+    def check_layout(self, layout: ParallelSettings) -> None:
+        """UserError when the layout has an axis that this model cannot use, or too many stages."""
         for axis in ("data", "tensor", "pipe", "context", "expert"):
             size = getattr(layout, axis)
             if size > 1 and axis not in self.axes:

@@ -22,9 +22,9 @@ __all__ = ["Dispatch"]
 class Dispatch:
     """Where the rows of one routing go.
 
-    This rank has m assignments to send, and a assignments arrive for its experts. Every rank of the
-    expert group sends, in 4 + 1 calls, of d features: m * d elements to the experts, a * d back,
-    both again in the backward pass, and as many 64-bit counts as there are experts before.
+    This rank sends m assignments, and a assignments arrive for its experts, its own among both. It
+    hands to the exchanges first a 64-bit count for each expert; then, in rows of d features, m * d
+    elements to the experts and a * d back, and as many again in the backward pass.
 
     order_m: this rank's assignments (token * k + choice) as they are sent, by expert. slots_nk:
     place of each assignment in that order. runs: the rows of each of this rank's experts among

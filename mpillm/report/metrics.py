@@ -2,8 +2,9 @@
 
 A line has `step, loss, lr, grad_norm, tokens_per_second, step_seconds`, where the model was
 evaluated after the step `val_loss`, and with mixtures of experts `auxiliary_loss`. A step's number
-is how many steps are then done, so the first is 1. Numbers have all their digits. JSON has no NaN and no infinity: both are written as null,
-which every JSON parser reads, and `read_metrics` gives them back as NaN.
+is how many steps are then done, so the first is 1. Numbers have all their digits. JSON has no NaN
+and no infinity: both are written as null, which every JSON parser reads, and `read_metrics` gives
+them back as NaN.
 """
 
 from __future__ import annotations

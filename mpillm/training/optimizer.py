@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpillm.array.backend import Array, Backend
-from mpillm.nn.arena import Arena
-from mpillm.nn.param import Param
+from mpillm.nn.param import Arena, Param
 from mpillm.nn.stage import Stage
 from mpillm.parallel.progress import Progress
 from mpillm.training.settings import OptimizerSettings
