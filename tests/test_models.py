@@ -254,7 +254,7 @@ def test_stages_begin_where_the_settings_say() -> None:
         with pytest.raises(UserError, match=r"boundaries = .*from 1 to 3 \(block.000 ... head\)"):
             model.cuts(ParallelSettings(pipe=3, boundaries=wrong))
     mesh: Any = SimpleNamespace(layout=ParallelSettings(pipe=3, chunks=2))
-    with pytest.raises(UserError, match=r"pipe = 3, parallel.chunks = 2: .*parallel.pipe <= 2"):
+    with pytest.raises(UserError, match=r"pipe = 3 x parallel.chunks = 2: .*chunks <= 4"):
         model.check_layout(mesh.layout)
 
 

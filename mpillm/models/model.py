@@ -63,11 +63,12 @@ class Model:
                 raise UserError(f"parallel.{axis} = {size}: {why}; set parallel.{axis} = 1")
         stages, units = layout.pipe * layout.chunks, self.units
         if stages > len(units):
-            chunks = f", parallel.chunks = {layout.chunks}" if layout.chunks > 1 else ""
+            chunks = f" x parallel.chunks = {layout.chunks}" if layout.chunks > 1 else ""
+            fitting = "parallel.pipe x parallel.chunks" if chunks else "parallel.pipe"
             raise UserError(
                 f"parallel.pipe = {layout.pipe}{chunks}: the model can be cut into at most "
                 f"{len(units)} stages ({units[0].name} ... {units[-1].name}); "
-                f"set parallel.pipe <= {len(units) // layout.chunks}"
+                f"set {fitting} <= {len(units)}"
             )
         self.cuts(layout)
 

@@ -13,6 +13,7 @@ from mpillm.array.backend import Backend
 from mpillm.errors import UserError
 from mpillm.parallel.group import MESSAGE_LIMIT, Group
 from mpillm.parallel.recorder import Recorder
+from mpillm.parallel.schedules import SCHEDULES
 from mpillm.parallel.settings import ParallelSettings
 
 __all__ = ["AXES", "Mesh", "fit"]
@@ -60,11 +61,12 @@ def _check_settings(settings: ParallelSettings) -> None:
             f"parallel.chunks = {s.chunks}: several stages a rank shorten the wait of a pipeline, "
             "and parallel.pipe is 1; set parallel.pipe >= 2, or parallel.chunks = 1"
         )
+    SCHEDULES[s.schedule](s.pipe, 1, s.chunks)  # one that takes other numbers of chunks says so
     stages = s.pipe * s.chunks
     if s.boundaries and len(s.boundaries) != stages - 1:
         raise UserError(
             f"parallel.boundaries = {list(s.boundaries)} makes {len(s.boundaries) + 1} stages, and "
-            f"pipe {s.pipe} x chunks {s.chunks} = {stages}; give {stages - 1} layers, or none"
+            f"pipe {s.pipe} x chunks {s.chunks} = {stages}; give {stages - 1} of them, or none"
         )
 
 

@@ -159,6 +159,8 @@ def test_describe_names_the_axes_that_are_used() -> None:
     [
         ({"sequence": True, "data": 1}, r"sequence = true .*tensor is 1; set parallel.tensor >= 2"),
         ({"chunks": 2, "data": 1}, r"chunks = 2: .*pipe is 1; set parallel.pipe >= 2"),
+        ({"pipe": 2, "schedule": "interleaved"}, r"interleaved.*chunks >= 2"),
+        ({"pipe": 2, "chunks": 2}, r"1f1b.*chunks"),
         ({"pipe": 2, "boundaries": (1, 2)}, r"makes 3 stages, and pipe 2 x chunks 1 = 2; give 1 "),
     ],
 )
