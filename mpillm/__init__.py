@@ -11,17 +11,18 @@ Under mpirun every rank makes the same calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpillm.parallel.launch import Comm
     from mpillm.parallel.settings import ParallelSettings
+    from mpillm.report.verification import Row
     from mpillm.training.loop import TrainResult
     from mpillm.training.settings import RunConfig
 
-__all__ = ["__version__", "generate", "train"]
+__all__ = ["__version__", "generate", "train", "verify_layouts"]
 
 __version__ = "0.1.0"
 
@@ -42,20 +43,58 @@ def train(
     where the run folder holds checkpoints. Collective. Raises `mpillm.errors.UserError`, on every
     rank, for settings that are wrong.
     """
-    from mpillm.config import Section, load, to_table
-    from mpillm.parallel.launch import agree, choose_threads, keep_freed_memory, start
-    from mpillm.training.settings import RunConfig
-
-    comm = start() if comm is None else comm
-    with agree(comm):
-        source = to_table(config) if isinstance(config, Section) else config
-        checked = load(RunConfig, Path(source) if isinstance(source, str) else source, overrides)
-    choose_threads(checked.run.threads, comm)
-    keep_freed_memory()
+    comm, checked = _begin(config, comm, overrides)
 
     from mpillm.training import loop
 
     return loop.train(checked, comm, fresh=fresh)
+
+
+def verify_layouts(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    comm: Comm | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    ranks: Sequence[int] = (),
+    layouts: Sequence[str] = (),
+    vary: Sequence[str] = (),
+    pairs: bool = False,
+    steps: int = 3,
+    tolerance: float | None = None,
+    results: str | Path | None = None,
+    fresh: bool = False,
+) -> Iterator[Row]:
+    """Do the first steps of a run under one layout after another; compare each with one rank's.
+
+    config, overrides, comm: as for `train`. Every layout of the numbers in `ranks`, by default of
+    all ranks; or those in `layouts`, such as `"data=2,pipe=2,schedule=gpipe"`, where sizes that are
+    not named are 1 and other settings the run's. vary: settings to try all values of, such as
+    `"model.tied=true,false"`. pairs: of all these only so many that every two choices that can meet
+    do. tolerance: largest difference that passes, by default 1e-10 in float64 and 5e-5 in float32.
+    results: a file of rows that are done, by default `verify-layouts.jsonl` in the run folder; rows
+    of the same settings, text and versions are taken from there, unless `fresh`. Yields a row for
+    each layout, the same on every rank, and is collective as long as it is iterated over. Raises
+    `mpillm.errors.UserError`, on every rank, for what does not fit.
+    """
+    comm, _ = _begin(config, comm, overrides)
+
+    from mpillm.parallel.launch import agree
+    from mpillm.training.cases import variants_of
+    from mpillm.training.verify import verify
+
+    with agree(comm):
+        variants = variants_of(_source(config), overrides, vary)
+    return verify(
+        variants,
+        comm,
+        ranks=ranks,
+        named=layouts,
+        pairs=pairs,
+        steps=steps,
+        tolerance=tolerance,
+        results=None if results is None else Path(results),
+        fresh=fresh,
+    )
 
 
 def generate(
@@ -102,3 +141,28 @@ def generate(
         parallel=parallel,
         comm=comm,
     )
+
+
+def _begin(
+    config: RunConfig | Mapping[str, Any] | str | Path, comm: Comm | None, overrides: Sequence[str]
+) -> tuple[Comm, RunConfig]:
+    """Check the settings and prepare this process for them, before NumPy is imported."""
+    from mpillm.config import load
+    from mpillm.parallel.launch import agree, choose_threads, keep_freed_memory, start
+    from mpillm.training.settings import RunConfig
+
+    comm = start() if comm is None else comm
+    with agree(comm):
+        checked = load(RunConfig, _source(config), overrides)
+    choose_threads(checked.run.threads, comm)
+    keep_freed_memory()
+    return comm, checked
+
+
+def _source(config: RunConfig | Mapping[str, Any] | str | Path) -> Mapping[str, Any] | Path:
+    """The settings as tables, or as a path."""
+    from mpillm.config import Section, to_table
+
+    if isinstance(config, Section):
+        return to_table(config)
+    return Path(config) if isinstance(config, str) else config

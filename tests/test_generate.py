@@ -9,20 +9,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi4py import MPI
+from random_model import write_checkpoint
 
 import mpillm
 from mpillm.array.backend import Backend
+from mpillm.array.random import fold
 from mpillm.checkpoint.reader import Checkpoint
-from mpillm.checkpoint.verify import resolve
 from mpillm.data.tokenizer import load_tokenizer
 from mpillm.errors import UserError
 from mpillm.inference.engine import Engine, Sampling
+from mpillm.inference.loading import load
 from mpillm.inference.sampling import sample
+from mpillm.models.gpt2 import Settings
+from mpillm.models.settings import build_model
+from mpillm.nn.layer import Micro
+from mpillm.parallel.mesh import Mesh
+from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Forward = Callable[[np.ndarray], np.ndarray]
 
 TEXT = Path(__file__).parent.parent / "LICENSE"
+CONTEXT = 8
+SETTINGS = Settings(
+    layers=2, heads=3, width=12, vocabulary=29, context=CONTEXT, init_std=0.4, tied=False
+)
 FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "greedy": False}
 
 
@@ -43,9 +55,52 @@ def run(tmp_path_factory: pytest.TempPathFactory, mpirun: Command) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(run: Path) -> Engine:
-    """The run's model on one rank."""
-    return Engine(Checkpoint.open(resolve(run)), MPI.COMM_SELF, Backend.create("numpy"))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A random model, with weights so large that texts do not repeat one token."""
+    return Checkpoint.open(write_checkpoint(tmp_path_factory.mktemp("random"), SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Checkpoint) -> Engine:
+    """The random model on one rank."""
+    return Engine(checkpoint, MPI.COMM_SELF, Backend.create("numpy"))
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Checkpoint) -> Forward:
+    """Logits (b, t, v) of the random model for (b, t) tokens, by a forward pass and no cache."""
+    backend = Backend.create("numpy")
+    mesh = Mesh(MPI.COMM_SELF, ParallelSettings(data=1), backend, Recorder())
+    model, dtype = build_model(SETTINGS), np.dtype("float64")
+    (stage,) = load(model, checkpoint, mesh, backend, dtype).stages
+
+    def forward(tokens: np.ndarray) -> np.ndarray:
+        b, t = tokens.shape
+        micro = Micro(tokens, index=np.arange(t), samples=np.arange(b), want="logits")
+        logits: np.ndarray = stage.forward((), micro)[0][0]
+        return logits
+
+    return forward
+
+
+def follow(whole: Forward, prompt: list[int], count: int, row: int, how: Sampling) -> list[int]:
+    """What `Engine.generate` draws for a row, each token after a forward pass over all it sees."""
+    text, length = list(prompt), min(len(prompt), CONTEXT)
+    for place in range(count):
+        if length > CONTEXT:
+            length = CONTEXT // 2
+        logits = whole(np.array([text[-length:]]))[0, -1]
+        token = sample(
+            logits,
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            greedy=how.greedy,
+            key=fold(how.seed, "generate", row, place),
+        )
+        text.append(token)
+        length += 1
+    return text[len(prompt) :]
 
 
 def test_greedy_takes_the_first_largest() -> None:
@@ -90,32 +145,29 @@ def test_top_k_and_top_p(settings: dict[str, float], possible: set[int]) -> None
     assert drawn == possible
 
 
-def test_cached_decoding_equals_reading_everything(engine: Engine) -> None:
-    """Greedy tokens from the cache are the largest logits of a full forward pass."""
-    prompt = [5, 9, 3]
-    drawn = engine.generate(prompt, 12, 2, Sampling(greedy=True))
-    assert (drawn[0] == drawn[1]).all()
-    text = list(prompt)
-    for token in drawn[0]:
-        assert int(engine.logits(np.array([text]))[0, -1].argmax()) == token
-        text.append(int(token))
+def test_logits_equal_a_forward_pass(engine: Engine, whole: Forward) -> None:
+    tokens = np.random.default_rng(0).integers(0, 29, (3, CONTEXT))
+    assert np.abs(engine.logits(tokens) - whole(tokens)).max() < 1e-12
 
 
-def test_text_beyond_the_context_forgets_the_older_half(engine: Engine) -> None:
-    prompt = [7, 2, 11]
-    drawn = engine.generate(prompt, 60, 1, Sampling(greedy=True))[0].tolist()
-    text, length = list(prompt), len(prompt)
-    for token in drawn:
-        window = text[-length:]
-        assert int(engine.logits(np.array([window]))[0, -1].argmax()) == token
-        text.append(token)
-        length = length + 1 if length < 24 else 12
-
-
-def test_a_long_prompt_is_cut_to_the_context(engine: Engine) -> None:
-    prompt = list(range(40))
-    drawn = engine.generate(prompt, 1, 1, Sampling(greedy=True))[0, 0]
-    assert int(engine.logits(np.array([prompt[-24:]]))[0, -1].argmax()) == drawn
+@pytest.mark.parametrize(
+    "how", [Sampling(greedy=True), Sampling(seed=3), Sampling(0.7, 9, 0.9, seed=4)]
+)
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [
+        ([5, 9, 3], CONTEXT - 3),
+        ([7, 2, 11], 5 * CONTEXT),  # the older half is forgotten again and again
+        (list(range(CONTEXT + 9)), 2 * CONTEXT),  # the prompt is cut to the context
+    ],
+    ids=["within", "beyond", "cut"],
+)
+def test_cached_decoding_equals_reading_everything(
+    engine: Engine, whole: Forward, prompt: list[int], count: int, how: Sampling
+) -> None:
+    drawn = engine.generate(prompt, count, 2, how).tolist()
+    assert drawn == [follow(whole, prompt, count, row, how) for row in range(2)]
+    assert how.greedy or len({*drawn[0], *drawn[1]}) > 2
 
 
 def test_samples_differ_and_repeat(engine: Engine) -> None:
@@ -144,8 +196,8 @@ def test_command_gives_the_same_text_on_any_ranks(
 def test_command_gives_the_same_text_in_any_layout(
     python: Command, mpirun: Command, run: Path
 ) -> None:
-    prompt = "--A. Licen"  # no setting, although it begins like one
-    command = ["-m", "mpillm", "generate", str(run), "--prompt", prompt, "--max-new-tokens=30"]
+    prompt = "--A. Licen"  # no setting, although it looks like one
+    command = ["-m", "mpillm", "generate", str(run), f"--prompt={prompt}", "--max-new-tokens=30"]
     command += ["--num-samples=3", "--seed=4"]
     layouts = (
         ["--parallel.pipe=2"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mpillm
 from mpillm.cli.parser import Parser, integer, number
-from mpillm.config import describe, load, setting_names
+from mpillm.config import describe, load
 from mpillm.inference.settings import GenerateConfig
 from mpillm.parallel.launch import start
 
@@ -18,25 +18,14 @@ _SEPARATOR = "-" * 80
 
 def run(arguments: Sequence[str]) -> int:
     """`mpillm generate RUN --prompt TEXT [--parallel.key=value ...] ...`; rank 0 prints."""
-    overrides = [argument for argument in arguments if _is_setting(argument)]
-    options = vars(_parser().parse([text for text in arguments if not _is_setting(text)]))
+    known, overrides = _parser().parse_with_settings(arguments, GenerateConfig)
+    options = vars(known)
     parallel = load(GenerateConfig, None, overrides).parallel if overrides else None
     world = start()
     samples = mpillm.generate(options.pop("run"), parallel=parallel, comm=world, **options)
     if world.rank == 0:
         print(f"\n{_SEPARATOR}\n".join(samples), flush=True)
     return 0
-
-
-def _is_setting(argument: str) -> bool:
-    """Whether an argument is a setting: its name has a dot, or is a setting's without its section.
-
-    The latter is a mistake that the settings' own error line explains better than a parser can. A
-    text with a space or a line break is a prompt, whatever it begins with.
-    """
-    name = argument.partition("=")[0]
-    keys = {setting.rpartition(".")[2] for setting in setting_names(GenerateConfig)}
-    return name.startswith("--") and len(name.split()) == 1 and ("." in name or name[2:] in keys)
 
 
 def _parser() -> Parser:

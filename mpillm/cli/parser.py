@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import IO, NoReturn, TypeVar
 
+from mpillm.config import Section, setting_names
 from mpillm.errors import UserError, did_you_mean
 from mpillm.parallel.launch import rank_hint
 
@@ -39,6 +40,24 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}; {self.format_usage()}")
         return known
+
+    def parse_with_settings(
+        self, arguments: Sequence[str], kind: type[Section]
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """`parse` what is no setting of `kind`; the settings, to be read by `mpillm.config.load`.
+
+        A setting's name has a dot, or is a setting's without its section: a mistake that the
+        settings' own error line explains better than a parser can.
+        """
+        own = {text for action in self._actions for text in action.option_strings}
+        keys = {f"--{name.rpartition('.')[2]}" for name in setting_names(kind)} - own
+
+        def is_setting(argument: str) -> bool:
+            name = argument.partition("=")[0]
+            return name.startswith("--") and ("." in name or name in keys)
+
+        settings = [argument for argument in arguments if is_setting(argument)]
+        return self.parse([text for text in arguments if not is_setting(text)]), settings
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `UserError`."""

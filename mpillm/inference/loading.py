@@ -40,7 +40,7 @@ def load(
     A rank reads what it keeps and waits for no other. UserError for a layout that the model cannot
     use, and for a checkpoint that does not hold the model.
     """
-    model.check_layout(mesh)
+    model.check_layout(mesh.layout)
     progress = Progress()
     stages = build_stages(model, backend, mesh, dtype, seed=None, progress=progress)
     for stage in stages:
