@@ -36,6 +36,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :OVERSUBSCRIBE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-serial test-parallel test-4 test-failures oracle lint clean
+.PHONY: verify-all verify-pairs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,17 @@ test-parallel: $(VENV)/installed
 
 test-4: $(VENV)/installed ## the parallel tests at 4 ranks
 	OPENBLAS_NUM_THREADS=1 $(MPIRUN) -n 4 $(PYTEST) tests/parallel
+
+# Every layout is run once for each of these: with tied and untied head, dense and with experts, in
+# double and single precision.
+VERIFY := verify-layouts jobs/verify-tiny.toml --vary model.tied=true,false model.experts=0,5 \
+    train.dtype=float64,float32
+
+verify-all: $(VENV)/installed ## every layout of 1, 2, 4 and 8 ranks against one rank (about an hour)
+	$(MPIRUN) -n 8 $(BIN)/mpillm $(VERIFY) --ranks 1,2,4,8 --markdown docs/verified-layouts.md
+
+verify-pairs: $(VENV)/installed ## so many of them that every two choices meet, on 8 ranks
+	$(MPIRUN) -n 8 $(BIN)/mpillm $(VERIFY) --pairs --fresh --run.dir=runs/verify-pairs
 
 test-failures: $(VENV)/installed
 	$(PYTEST) tests/test_failures.py

@@ -20,6 +20,8 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "generate": "continue a prompt with a trained model",
     "checkpoint": "inspect or verify a checkpoint",
+    "verify-layouts": "try whether layouts give one rank's run",
+    "schedule": "draw a pipeline schedule's timeline",
 }
 
 
@@ -51,7 +53,7 @@ def _run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         valid = [*COMMANDS, "--help", "--version"]
         raise UserError(f"no command '{name}'; {did_you_mean(name, valid)}")
-    command = importlib.import_module(f"mpillm.cli.{name}")
+    command = importlib.import_module(f"mpillm.cli.{name.replace('-', '_')}")
     code: int = command.run(arguments[1:])
     return code
 
@@ -59,7 +61,7 @@ def _run(arguments: list[str]) -> int:
 def _usage() -> str:
     """The help of the program as a whole."""
     lines = ["usage: mpillm COMMAND ...", ""]
-    lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<16}{text}" for name, text in COMMANDS.items()]
     lines += ["", "mpillm COMMAND --help tells more; so does mpillm --version.", ""]
     lines += ["Under MPI: mpirun -n 4 mpillm train CONFIG.toml"]
     return "\n".join(lines)

@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
 
         def is_setting(argument: str) -> bool:
             name = argument.partition("=")[0]
-            return name.startswith("--") and ("." in name or name in keys)
+            known = "." in name or name in keys
+            return name.startswith("--") and known and len(name.split()) == 1
 
         settings = [argument for argument in arguments if is_setting(argument)]
         return self.parse([text for text in arguments if not is_setting(text)]), settings

@@ -40,8 +40,10 @@ __all__ = [
     "end_in_error",
     "end_interrupted",
     "keep_freed_memory",
+    "mpi_library",
     "rank_hint",
     "start",
+    "wait_idle",
 ]
 
 # Seconds that a rank with a user's mistake waits for the other ranks to report it too.
@@ -113,6 +115,20 @@ def rank_hint(environment: Mapping[str, str] = os.environ) -> int:
         if environment.get(name, "").isdigit():
             return int(environment[name])
     return 0
+
+
+def mpi_library() -> str:
+    """Name and version of the MPI library, in one line."""
+    from mpi4py import MPI
+
+    return " ".join(MPI.Get_library_version().split("\n")[0].split("\0")[0].split())
+
+
+def wait_idle(comm: Comm) -> None:
+    """Wait for all ranks of `comm`, asleep: a barrier would spin on cores that others work on."""
+    arrived = comm.Ibarrier()
+    while not arrived.Test():
+        time.sleep(0.002)
 
 
 # --- ending --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,4 +39,6 @@ class Progress:
         while not request.done and any(other is not request for other in self._requests):
             request.test()
             self.poll()
+            # Where there are more ranks than cores, the one that is waited for may need this one.
+            os.sched_yield()
         request.wait()

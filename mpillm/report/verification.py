@@ -52,7 +52,7 @@ class Row:
         """`pass`, `fail` or `refused`."""
         if self.refused:
             return "refused"
-        within = max(self.loss, self.norm, self.weights) <= self.tolerance
+        within = self._within("loss", "norm", "weights")
         return "pass" if within and not self.problems else "fail"
 
     @property
@@ -63,8 +63,11 @@ class Row:
     @property
     def only_weights(self) -> bool:
         """Whether losses and norms agree, and weights do not."""
-        others = max(self.loss, self.norm) <= self.tolerance
-        return self.result == "fail" and others and not self.problems
+        return self.result == "fail" and self._within("loss", "norm") and not self.problems
+
+    def _within(self, *differences: str) -> bool:
+        """Whether differences are at most the tolerance."""
+        return all(getattr(self, name) <= self.tolerance for name in differences)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,12 @@ class Case:
     required: bool
     refused: str
 
+    @property
+    def factors(self) -> dict[str, Hashable]:
+        """What tells the case from others, for a covering set."""
+        varied = (setting.partition("=") for setting in self.variant)
+        return {**factors(self.layout), **{name: value for name, _, value in varied}}
+
 
 def variants_of(
     source: Path | Mapping[str, Any], overrides: Sequence[str], vary: Sequence[str]
@@ -102,7 +108,7 @@ def cases_of(
             cases.append(Case(variant, layout, text, bool(named) or pairs, reason))
     if pairs:
         cases = [case for case in cases if not case.refused]
-        cases = [cases[number] for number in covering([_factors(case) for case in cases])]
+        cases = [cases[number] for number in covering([case.factors for case in cases])]
     return cases
 
 
@@ -118,9 +124,3 @@ def refusal(config: RunConfig) -> str:
     except UserError as error:
         return str(error)
     return ""
-
-
-def _factors(case: Case) -> dict[str, Hashable]:
-    """What tells a case from others."""
-    varied = (setting.partition("=") for setting in case.variant)
-    return {**factors(case.layout), **{name: value for name, _, value in varied}}

@@ -13,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,12 +23,15 @@ from mpillm.data.loader import Loader, Tokens
 from mpillm.errors import UserError
 from mpillm.models.settings import build_model
 from mpillm.parallel.group import MESSAGE_LIMIT
-from mpillm.parallel.launch import Comm, agree
+from mpillm.parallel.launch import agree
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.shard import Shard
 from mpillm.training.settings import RunConfig
 from mpillm.training.trainer import StepResult, Trainer, resolve_batch
+
+if TYPE_CHECKING:
+    from mpillm.parallel.launch import Comm
 
 __all__ = ["Difference", "Outcome", "RaggedLoader", "Trial", "compare"]
 
@@ -90,12 +94,13 @@ class Trial:
         loader = RaggedLoader(
             text, train.sequence_length, train.batch_size, train.micro_batch_size, train.seed
         )
+        # What is wrong with the weights, once they were gathered; on rank 0.
         self.problems: list[str] = []
         self._recorder = Recorder()
         self._mesh = Mesh(comm, layout, backend, self._recorder, message_limit)
         try:
             with agree(comm):
-                self._trainer = Trainer(model, train, config.optimizer, self._mesh, backend, loader)
+                self.trainer = Trainer(model, train, config.optimizer, self._mesh, backend, loader)
         except UserError:
             self._mesh.free()
             raise
@@ -103,7 +108,7 @@ class Trial:
     def run(self, steps: int) -> Outcome:
         """Do the steps. UserError where the loss is not finite."""
         before = self._sent()
-        results: list[StepResult] = [self._trainer.step() for _ in range(steps)]
+        results: list[StepResult] = [self.trainer.step() for _ in range(steps)]
         mine = {axis: nbytes // steps for axis, nbytes in (self._sent() - before).items()}
         busiest: Counter[str] = Counter()
         for sent in self._mesh.world.allgather_objects(mine):
@@ -123,7 +128,7 @@ class Trial:
         put into `problems` of rank 0. Only one replica of each piece is sent.
         """
         mine: list[tuple[_Piece, np.ndarray]] = []
-        for kind, param, part, values in self._trainer.state():
+        for kind, param, part, values in self.trainer.state():
             if kind == "parameter" and values.size:
                 start, stop = part or (0, param.shard.size)
                 piece = _Piece(param.name, param.shard, start, stop)
@@ -187,11 +192,6 @@ class Difference:
     bitwise: bool = True
     problems: list[str] = field(default_factory=list)
 
-    @property
-    def largest(self) -> float:
-        """The largest of the three."""
-        return max(self.loss, self.norm, self.weights)
-
 
 def compare(
     reference: Outcome,
@@ -213,12 +213,17 @@ def compare(
             found.problems.append(f"the reference has no parameter {name} {b.shape} {b.dtype}")
         elif not np.isfinite(b).all():
             found.problems.append(f"{name} holds values that are not finite")
-        elif not np.array_equal(a, b):
+        elif not np.array_equal(_bits(a), _bits(b)):
             found.bitwise = False
             scale = float(np.abs(a).max()) + sum(reference.rates)
             found.weights = max(found.weights, float(np.abs(a - b).max()) / scale)
     found.problems += [f"no parameter {name}" for name in sorted(missing)]
     return found
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """The bytes of an array, which tell -0.0 from 0.0."""
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
 def _relative(expected: list[float], given: list[float]) -> float:

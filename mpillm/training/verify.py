@@ -12,7 +12,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ from mpillm.config import to_table
 from mpillm.data.loader import Tokens
 from mpillm.data.tokens import TokenFile
 from mpillm.errors import UserError
-from mpillm.parallel.launch import Comm, agree, mpi_library, wait_idle
+from mpillm.parallel.launch import agree, mpi_library, wait_idle
 from mpillm.parallel.layouts import ranks_of
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.report.verification import Row, RowsFile
@@ -31,6 +31,9 @@ from mpillm.training.cases import Case, Variants, cases_of
 from mpillm.training.loop import make_folder, open_data, resolve
 from mpillm.training.settings import RunConfig
 from mpillm.training.trial import Outcome, Trial, compare
+
+if TYPE_CHECKING:
+    from mpillm.parallel.launch import Comm
 
 __all__ = ["TOLERANCE", "verify"]
 
@@ -76,7 +79,8 @@ def verify(
     path = results or Path(config.run.dir) / "verify-layouts.jsonl"
     with agree(comm):
         file = RowsFile(path, fresh) if comm.rank == 0 else None
-    facts = (steps, tokens.attributes.get("fingerprint"), _versions())
+    # By which rank 0 knows its rows again; the others need not read the source.
+    facts = (steps, tokens.attributes.get("fingerprint"), _versions()) if file else ()
     runner = _Runner(comm, variants, text, steps)
     for case in cases:
         row = _row(case, variants[case.variant], tolerance)
