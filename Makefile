@@ -51,25 +51,28 @@ test: test-serial test-parallel ## all tests: serial, then under mpirun at 2, 4 
 test-serial: $(VENV)/installed
 	OPENBLAS_NUM_THREADS=1 $(PYTEST) tests --ignore=tests/parallel --ignore=tests/oracle
 
-# Every parallel test is valid at any number of ranks; at 8, the layouts are what is new.
+# Every parallel test is valid at any number of ranks; at 8 and 16, the layouts are what is new.
 test-parallel: $(VENV)/installed
 	OPENBLAS_NUM_THREADS=1 $(MPIRUN) -n 2 $(PYTEST) tests/parallel
 	OPENBLAS_NUM_THREADS=1 $(MPIRUN) -n 4 $(PYTEST) tests/parallel
 	OPENBLAS_NUM_THREADS=1 $(MPIRUN) -n 8 $(PYTEST) tests/parallel/test_layouts.py
+	$(MPIRUN) -n 16 $(BIN)/mpillm verify-layouts jobs/verify-tiny.toml --fresh \
+	    --run.dir=runs/verify-16 --layouts data=2,tensor=2,pipe=2,context=2
 
 test-4: $(VENV)/installed ## the parallel tests at 4 ranks
 	OPENBLAS_NUM_THREADS=1 $(MPIRUN) -n 4 $(PYTEST) tests/parallel
 
-# Every layout is run once for each of these: with tied and untied head, dense and with experts, in
-# double and single precision.
-VERIFY := verify-layouts jobs/verify-tiny.toml --vary model.tied=true,false model.experts=0,5 \
-    train.dtype=float64,float32
+# Layouts are run with tied and untied head, in double and single precision; those that cut experts,
+# and the pairs, with a model that has them.
+VERIFY := verify-layouts jobs/verify-tiny.toml --vary model.tied=true,false train.dtype=float64,float32
 
 verify-all: $(VENV)/installed ## every layout of 1, 2, 4 and 8 ranks against one rank (about an hour)
 	$(MPIRUN) -n 8 $(BIN)/mpillm $(VERIFY) --ranks 1,2,4,8 --markdown docs/verified-layouts.md
+	$(MPIRUN) -n 8 $(BIN)/mpillm $(VERIFY) --ranks 2,4,8 --using expert --model.experts=5 \
+	    --markdown docs/verified-layouts-experts.md
 
 verify-pairs: $(VENV)/installed ## so many of them that every two choices meet, on 8 ranks
-	$(MPIRUN) -n 8 $(BIN)/mpillm $(VERIFY) --pairs --fresh --run.dir=runs/verify-pairs
+	$(MPIRUN) -n 8 $(BIN)/mpillm $(VERIFY) model.experts=0,5 --pairs --fresh --run.dir=runs/verify-pairs
 
 test-failures: $(VENV)/installed
 	$(PYTEST) tests/test_failures.py

@@ -58,6 +58,7 @@ def verify_layouts(
     ranks: Sequence[int] = (),
     layouts: Sequence[str] = (),
     vary: Sequence[str] = (),
+    using: Sequence[str] = (),
     pairs: bool = False,
     steps: int = 3,
     tolerance: float | None = None,
@@ -69,12 +70,13 @@ def verify_layouts(
     config, overrides, comm: as for `train`. Every layout of the numbers in `ranks`, by default of
     all ranks; or those in `layouts`, such as `"data=2,pipe=2,schedule=gpipe"`, where sizes that are
     not named are 1 and other settings the run's. vary: settings to try all values of, such as
-    `"model.tied=true,false"`. pairs: of all these only so many that every two choices that can meet
-    do. tolerance: largest difference that passes, by default 1e-10 in float64 and 5e-5 in float32.
-    results: a file of rows that are done, by default `verify-layouts.jsonl` in the run folder; rows
-    of the same settings, text and versions are taken from there, unless `fresh`. Yields a row for
-    each layout, the same on every rank, and is collective as long as it is iterated over. Raises
-    `mpillm.errors.UserError`, on every rank, for what does not fit.
+    `"model.tied=true,false"`. using: only layouts that cut these axes. pairs: of all these only so
+    many that every two choices that can meet do. tolerance: largest difference that passes, by
+    default 1e-10 in float64 and 5e-5 in float32. results: a file of rows that are done, by default
+    `verify-layouts.jsonl` in the run folder; rows of the same settings, text and versions are taken
+    from there, unless `fresh`. Yields a row for each layout, the same on every rank, and is
+    collective as long as it is iterated over. Raises `mpillm.errors.UserError`, on every rank, for
+    what does not fit.
     """
     comm, _ = _begin(config, comm, overrides)
 
@@ -89,6 +91,7 @@ def verify_layouts(
         comm,
         ranks=ranks,
         named=layouts,
+        using=using,
         pairs=pairs,
         steps=steps,
         tolerance=tolerance,

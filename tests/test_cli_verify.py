@@ -125,6 +125,21 @@ def test_what_is_refused(mpirun: Run, folder: Path) -> None:
     assert "failed: expert=2" in told
 
 
+def test_listed_layouts_of_so_many_ranks() -> None:
+    """Data parallelism takes the ranks that a listed layout leaves."""
+    config = load(RunConfig, {"model": {"vocabulary": 9, "context": 8}}, [])
+
+    def found(*named: str) -> list[str]:
+        return [case.text for case in cases_of({(): config}, 8, ranks=(4, 8), named=named)]
+
+    assert found("tensor=2") == ["data=2,tensor=2", "data=4,tensor=2"]
+    using = cases_of({(): config}, 8, ranks=(4,), using=("data", "pipe"))
+    assert {(case.layout.data, case.layout.pipe) for case in using} == {(2, 2)}
+    assert found("context=4,zero=1") == ["context=4,zero=1", "data=2,context=4,zero=1"]
+    with pytest.raises(UserError, match="data 2 x tensor 2 x pipe 1 = 4 does not fit 8 ranks"):
+        found("data=2,tensor=2")
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -133,7 +148,9 @@ def test_what_is_refused(mpirun: Run, folder: Path) -> None:
         (["--ranks", "x"], "argument --ranks: expected an integer, got 'x'"),
         (["--layouts", "data=2,pipe=2"], "takes 4 ranks, and 1 were started; start mpirun -n 4"),
         (["--layouts", "tensr=2"], "--parallel.tensr: no such setting; did you mean 'tensor'?"),
-        (["--layouts", "data=1", "--ranks", "1"], "leave out --ranks and --pairs, or --layouts"),
+        (["--layouts", "data=1", "--pairs"], "leave it out, or --layouts"),
+        (["--layouts", "tensor=2", "--ranks", "1"], "tensor 2 x pipe 1 = 2 does not divide 1 rank"),
+        (["--using", "exprt"], "--using exprt: did you mean 'expert'?"),
         (["--steps", "0"], "0 steps; expected at least 1"),
         (["--vary", "model.layer=1,2"], "--model.layer: no such setting; did you mean 'layers'?"),
         (["--vary", "data.validation=0.1,0.2"], "data and run.dir cannot be varied"),

@@ -83,8 +83,9 @@ def _parser() -> Parser:
     def add(name: str, metavar: str, text: str, **options: object) -> None:
         parser.add_argument(name, metavar=metavar, help=text, **options)  # type: ignore[arg-type]
 
-    add("--ranks", "N,...", "try every layout of N ranks (default: of all)", type=_integers)
+    add("--ranks", "N,...", "layouts of N ranks (default: of all that were started)", type=_integers)
     add("--layouts", "LAYOUT", "try these, such as data=2,tensor=2,sequence=true", nargs="+")
+    add("--using", "AXIS", "only layouts that cut these axes, such as expert", nargs="+")
     add("--vary", "SETTING", "try all values of settings: model.tied=true,false", nargs="+")
     parser.add_argument(
         "--pairs", action="store_true", help="only so many that every two choices meet in one"
@@ -94,7 +95,7 @@ def _parser() -> Parser:
     add("--results", "FILE", "rows done (default: verify-layouts.jsonl in run.dir)", type=Path)
     parser.add_argument("--fresh", action="store_true", help="run again what FILE has already")
     add("--markdown", "FILE", "write the table for a document", type=Path)
-    parser.set_defaults(ranks=(), layouts=(), vary=())
+    parser.set_defaults(ranks=(), layouts=(), using=(), vary=())
     return parser
 
 

@@ -11,10 +11,11 @@ from typing import Any
 from msgspec.structs import replace
 
 from mpillm.config import load
-from mpillm.errors import UserError
+from mpillm.errors import UserError, did_you_mean
 from mpillm.models.settings import build_model
 from mpillm.parallel.covering import covering
 from mpillm.parallel.layouts import (
+    SIZES,
     factors,
     layout_text,
     layouts,
@@ -75,14 +76,15 @@ def cases_of(
     *,
     ranks: Sequence[int] = (),
     named: Sequence[str] = (),
+    using: Sequence[str] = (),
     pairs: bool = False,
 ) -> list[Case]:
     """The cases of `verify`, variant by variant; `most` ranks are there. Needs no ranks itself."""
-    if named and (ranks or pairs):
-        raise UserError(
-            "verify-layouts: layouts that are listed say themselves how many ranks they take; "
-            "leave out --ranks and --pairs, or --layouts"
-        )
+    if named and pairs:
+        raise UserError("verify-layouts: --pairs chooses the layouts; leave it out, or --layouts")
+    for axis in using:
+        if axis not in SIZES:
+            raise UserError(f"verify-layouts: --using {axis}: {did_you_mean(axis, SIZES)}")
     for count in ranks:
         if not 1 <= count <= most:
             raise UserError(
@@ -93,10 +95,10 @@ def cases_of(
     for variant, config in variants.items():
         base = config.parallel
         if named:
-            asked = [parse_layout(text, base) for text in named]
-            found = [fit(layout, most) if layout.data == 0 else layout for layout in asked]
+            found = [layout for text in named for layout in _listed(text, base, most, ranks)]
         else:
             found = [layout for count in ranks or (most,) for layout in layouts(count, base)]
+            found = [one for one in found if all(getattr(one, axis) > 1 for axis in using)]
         for layout in found:
             if ranks_of(layout) > most:
                 raise UserError(
@@ -110,6 +112,17 @@ def cases_of(
         cases = [case for case in cases if not case.refused]
         cases = [cases[number] for number in covering([case.factors for case in cases])]
     return cases
+
+
+def _listed(
+    text: str, base: ParallelSettings, most: int, ranks: Sequence[int]
+) -> list[ParallelSettings]:
+    """A layout that was listed; with numbers of ranks, data parallelism takes what it leaves."""
+    layout = parse_layout(text, base)
+    if not ranks:
+        return [fit(layout, most) if layout.data == 0 else layout]
+    given = any(setting.startswith("data=") for setting in split_list(text))
+    return [fit(layout if given else replace(layout, data=0), count) for count in ranks]
 
 
 def refusal(config: RunConfig) -> str:

@@ -49,6 +49,7 @@ def verify(
     *,
     ranks: Sequence[int] = (),
     named: Sequence[str] = (),
+    using: Sequence[str] = (),
     pairs: bool = False,
     steps: int = 3,
     tolerance: float | None = None,
@@ -59,11 +60,12 @@ def verify(
 
     variants: the settings to run, by what was varied in them (`("model.tied=true",)`), all of one
     text and run folder. ranks: run every layout of these numbers of ranks, by default of as many as
-    `comm` has; or run those `named`, as texts. pairs: of all layouts and variants only so many that
-    every two choices that can meet do. results: a file of the rows that are done, by default
-    `verify-layouts.jsonl` in the run folder; rows that it holds of the same settings, text and
-    versions are not run again, unless `fresh`. tolerance: by default that of the dtype. UserError,
-    on every rank, for settings that one rank cannot run, and for more ranks than `comm` has.
+    `comm` has, or those `named`, as texts. using: axes that a layout must cut. pairs: of all
+    layouts and variants only so many that every two choices that can meet do. results: a file of
+    the rows that are done, by default `verify-layouts.jsonl` in the run folder; rows that it holds
+    of the same settings, text and versions are not run again, unless `fresh`. tolerance: by default
+    that of the dtype. UserError, on every rank, for settings that one rank cannot run, and for more
+    ranks than `comm` has.
     """
     if steps < 1:
         raise UserError(f"verify-layouts: {steps} steps; expected at least 1")
@@ -75,7 +77,7 @@ def verify(
     with agree(comm):
         text = tokens.read("train")
         variants = {name: _resolved(config, tokens) for name, config in variants.items()}
-        cases = cases_of(variants, comm.size, ranks=ranks, named=named, pairs=pairs)
+        cases = cases_of(variants, comm.size, ranks=ranks, named=named, using=using, pairs=pairs)
     path = results or Path(config.run.dir) / "verify-layouts.jsonl"
     with agree(comm):
         file = RowsFile(path, fresh) if comm.rank == 0 else None
