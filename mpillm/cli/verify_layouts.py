@@ -83,7 +83,7 @@ def _parser() -> Parser:
     def add(name: str, metavar: str, text: str, **options: object) -> None:
         parser.add_argument(name, metavar=metavar, help=text, **options)  # type: ignore[arg-type]
 
-    add("--ranks", "N,...", "layouts of N ranks (default: of all that were started)", type=_integers)
+    add("--ranks", "N,...", "layouts of N ranks (default: of all there are)", type=_integers)
     add("--layouts", "LAYOUT", "try these, such as data=2,tensor=2,sequence=true", nargs="+")
     add("--using", "AXIS", "only layouts that cut these axes, such as expert", nargs="+")
     add("--vary", "SETTING", "try all values of settings: model.tied=true,false", nargs="+")
