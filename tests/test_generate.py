@@ -267,7 +267,10 @@ def test_the_tokenizer_is_the_run_s(run: Path) -> None:
     ("layout", "message"),
     [
         (["--parallel.pipe=3"], "parallel: tensor 1 x pipe 3 = 3 does not divide 2 ranks"),
-        (["--parallel.pipe=2", "--parallel.chunks=3"], "set parallel.pipe <= 1"),
+        (
+            ["--parallel.pipe=2", "--parallel.chunks=3", "--parallel.schedule=gpipe"],
+            "set parallel.pipe x parallel.chunks <=",
+        ),
         (["--parallel.pipe=2", "--parallel.boundaries=[4]"], "expected ascending layers"),
     ],
 )

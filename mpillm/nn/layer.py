@@ -136,7 +136,8 @@ class Layer(ABC):
         """Derivatives of the loss by the inputs, given those by the outputs.
 
         Hands the work for weight gradients to `micro.gradients`. May overwrite what is in `saved`,
-        which is used once, and leaves `d_outputs` as they are: a residual path uses them again.
+        which is used once, and leaves `d_outputs` as they are: a residual path uses them again, and
+        so may work that was put off.
         """
 
     def new_state(self, b: int, capacity: int) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def summary(rows: Sequence[Row], steps: int) -> str:
     limits = {row.dtype: row.tolerance for row in rows}
     tolerances = ", ".join(f"{limit:g} in {dtype}" for dtype, limit in limits.items())
     lines = [
-        f"{len(rows)} layouts: in {steps} steps {len(passed)} gave one rank's run "
+        f"{len(rows)} {'layout' if len(rows) == 1 else 'layouts'}: in {steps} steps "
+        f"{len(passed)} gave one rank's run "
         f"(to {tolerances}), {sum(row.bitwise for row in passed)} of them bit for bit; "
         f"{refused} refused; {len(failed)} failed"
     ]

@@ -113,13 +113,13 @@ def shapes(model: str) -> list[dict[str, int]]:
     ]
 
 
-def extras(shape: dict[str, int]) -> list[dict[str, int | bool]]:
+def extras(shape: dict[str, int]) -> list[dict[str, int | bool | str]]:
     """What else a layout may have: nothing, and all that goes together with its axes."""
-    everything: dict[str, int | bool] = {}
+    everything: dict[str, int | bool | str] = {}
     if shape["tensor"] > 1:
         everything["sequence"] = True
     if 1 < shape["pipe"] <= 4:
-        everything["chunks"] = 2
+        everything |= {"chunks": 2, "schedule": "interleaved"}
     if shape["data"] * shape["expert"] * shape["context"] > 1:
         everything["zero"] = 3
     return [{}, everything] if everything else [{}]
@@ -138,7 +138,7 @@ def name_of(value: str | ParallelSettings) -> str:
     if isinstance(value, str):
         return value
     usual = to_table(ParallelSettings())
-    return "-".join(f"{k}{v:d}" for k, v in to_table(value).items() if v != usual[k]) or "alone"
+    return "-".join(f"{k}{v}" for k, v in to_table(value).items() if v != usual[k]) or "alone"
 
 
 @pytest.mark.parametrize(("model", "layout"), cases(), ids=name_of)
@@ -198,8 +198,9 @@ def test_a_rank_remembers_for_its_own_layers_alone(
     world: Comm, checkpoints: dict[str, Path], model: str
 ) -> None:
     """The pipeline's ranks keep keys and values of every layer once."""
-    chunks = 2 if 1 < world.size <= 4 else 1
-    layout = fit(ParallelSettings(pipe=min(8, world.size), chunks=chunks), world.size)
+    chunks, schedule = (2, "interleaved") if 1 < world.size <= 4 else (1, "1f1b")
+    pipe = min(8, world.size)
+    layout = fit(ParallelSettings(pipe=pipe, chunks=chunks, schedule=schedule), world.size)
     backend = Backend.create("numpy")
     mesh = Mesh(world, layout, backend, Recorder())
     with Checkpoint.open(checkpoints[model]) as checkpoint:
