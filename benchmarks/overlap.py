@@ -4,9 +4,10 @@
 
 Two trainers of the `baby` setting (6 layers, 6 heads, 384 wide, sequences of 256 characters) at
 data 2, one with `parallel.overlap` and one without, do their steps in turn. What is not hidden is
-the time between the end of the last backward pass and the last sum, on the slower rank. That is
-compared with the same time without overlap, and the length of whole steps with that of steps
-without overlap: what moves between the products could slow them.
+the time from the moment when the last rank has ended its backward pass to that when the last rank
+has all sums; the clocks of a node's processes are the same. That is compared with the same time
+without overlap, and the length of whole steps with that of steps without overlap: what moves
+between the products could slow them.
 
 --thread tries the other way to drive sums on: a thread that polls while the main one computes.
 """
@@ -50,9 +51,12 @@ def main() -> int:
     for step in range(options.steps):
         for name in ("off", "on") if step % 2 else ("on", "off"):
             comm.Barrier()
+            times = watch(trainers[name])
             result = trainers[name].step()
+            ends = comm.allgather(times)
             if step:
-                reduced[name].append(max(comm.allgather(result.reduce_seconds)))
+                last_pass, last_sum = (max(end[i] for end in ends) for i in range(2))
+                reduced[name].append(last_sum - last_pass)
                 steps[name].append(max(comm.allgather(result.seconds)))
     if comm.rank == 0:
         report(reduced, steps, threads, options)
@@ -84,6 +88,20 @@ def make(comm: Any, overlap: bool, options: argparse.Namespace) -> Any:
     loader = Loader(text, 256, train.batch_size, train.micro_batch_size, train.seed)
     model = Settings(layers=6, heads=6, width=384, vocabulary=65, context=256)
     return Trainer(build_model(model), train, OptimizerSettings(), mesh, backend, loader)
+
+
+def watch(trainer: Any) -> list[float]:
+    """When the next step begins to wait for sums, and when it has them, by `time.perf_counter`."""
+    gradients, times = trainer.gradients, list[float]()
+    reduce = type(gradients).reduce
+
+    def timed() -> None:
+        times.append(time.perf_counter())
+        reduce(gradients)
+        times.append(time.perf_counter())
+
+    gradients.reduce = timed
+    return times
 
 
 class Poller(threading.Thread):

@@ -156,7 +156,7 @@ class Trainer:
             if _takes_turns(layout)
             else range(rank * rounds, (rank + 1) * rounds)
         )
-        self._gradients = Gradients(
+        self.gradients = Gradients(
             self.stages,
             mesh,
             backend,
@@ -190,20 +190,20 @@ class Trainer:
         key = fold(self._train.seed, "step", self.step_number)
         micros = [
             self._micro(
-                self._loader.micro_batch(self.samples_consumed, j), key, self._gradients.sink(place)
+                self._loader.micro_batch(self.samples_consumed, j), key, self.gradients.sink(place)
             )
             for place, j in enumerate(self._numbers)
         ]
-        self._gradients.begin_step()
+        self.gradients.begin_step()
         outputs = self._executor.run(self._program, micros, (1.0 / tokens,))
         computed = time.perf_counter()
-        self._gradients.reduce()
+        self.gradients.reduce()
         reduce_seconds = time.perf_counter() - computed
         loss, *auxiliary = (
             pairwise_sum(self._in_order(losses).tolist()) / tokens
             for losses in self._losses(outputs, len(micros))
         )
-        norm = self._gradients.norm()
+        norm = self.gradients.norm()
         lr = learning_rate(self.step_number, self._train.steps, self._optimizer_settings)
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise UserError(
