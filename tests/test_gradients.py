@@ -414,7 +414,7 @@ def test_the_error_names_a_micro_batch_size_that_works(size: int, micro: int, ra
 @pytest.mark.parametrize("zero", [2, 3])
 def test_sharded_gradients_need_a_power_of_two_of_data_ranks(zero: int) -> None:
     """Then every round of micro-batches is a subtree, whatever their number."""
-    with pytest.raises(UserError, match=r"zero = .*power of two, and it is 6.*use 4 data ranks"):
+    with pytest.raises(UserError, match=r"zero = .*power of two, and it is 6; use 4 of them"):
         resolve_batch(batch(36, 2, deterministic=True), over(6, zero))
     assert resolve_batch(batch(36, 2, deterministic=True), over(4, zero)).micro_batch_size == 2
     assert resolve_batch(batch(36, 2), over(6, zero)).micro_batch_size == 2

@@ -42,7 +42,9 @@ def load(
     """
     model.check_layout(mesh.layout)
     progress = Progress()
-    stages = build_stages(model, backend, mesh, dtype, seed=None, progress=progress)
+    stages = build_stages(
+        model, backend, mesh, dtype, seed=None, gradients=False, progress=progress
+    )
     for stage in stages:
         for param, part, view in stage.store.weights():
             values: Array = checkpoint.read("parameter", param.name, param.shard, part)

@@ -9,6 +9,7 @@ from functools import cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from mpillm.array.pool import Pool
 from mpillm.errors import UserError
 from mpillm.nn.layer import Build, Layer, Micro, Recomputed
 from mpillm.nn.stage import Stage
@@ -131,16 +132,27 @@ def build_stages(
     seed: int | None,
     *,
     recompute: Recomputed = "none",
+    gradients: bool = True,
     progress: Progress | None = None,
 ) -> list[Stage]:
     """This rank's stages, by chunk, with their parameters allocated.
 
     seed: of the initial weights; None for weights that are loaded. recompute: what is computed anew
-    in the backward pass. progress: drives the gathering of sharded weights.
+    in the backward pass. gradients: whether there is room for them. progress: drives the gathering
+    of sharded weights.
     """
     cuts, pipe, stages = model.cuts(mesh.layout), mesh.pipe, []
+    pool = Pool(backend)
     for start, stop in cuts[pipe.rank :: pipe.size]:
-        store = ParamStore(backend, dtype, seed, zero=mesh.layout.zero, progress=progress)
+        store = ParamStore(
+            backend,
+            dtype,
+            seed,
+            zero=mesh.layout.zero,
+            gradients=gradients,
+            pool=pool,
+            progress=progress,
+        )
         build = Build(backend, mesh, store, recompute)
         layers = []
         for unit in model.units[start:stop]:

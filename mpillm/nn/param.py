@@ -151,7 +151,7 @@ class Arena:
         return [b - a for a, b in pairwise(self.cuts)]
 
     @property
-    def bytes(self) -> tuple[int, int]:
+    def stored_bytes(self) -> tuple[int, int]:
         """Bytes of weights and of gradients that stay on this rank."""
         weights = self.master if self.zero == 3 else self.value
         gradients = self.grad if self.zero >= 2 else self.grads
@@ -159,7 +159,7 @@ class Arena:
 
     # -- arrays ------------------------------------------------------------------------------------
 
-    def allocate(self, backend: Backend, dtype: Any) -> None:
+    def allocate(self, backend: Backend, dtype: Any, gradients: bool = True) -> None:
         """Make the arrays that stay, all zeros, and bind the views of the parameters."""
         self._dtype = dtype
         own = self.counts[self.rank]
@@ -169,9 +169,9 @@ class Arena:
             self.value = backend.zeros((self.size,), dtype)
             self.master = self.value[self.part]
             self._bind_values()
-        if self.zero >= 2:
+        if self.zero >= 2 and gradients:
             self.grad = backend.zeros((own,), dtype)
-        else:
+        elif gradients:
             self.bind_grads(backend.zeros((self.rows, self.size), dtype))
             self.grad = self.grads[0, self.part]
 
@@ -201,14 +201,14 @@ class Arena:
         self._gathered = pool.take((self.size,), self._dtype)
         return self.reduce_over[0].iallgather(self.master, self._gathered, self.counts)
 
-    def bind_values(self) -> None:
+    def hold_values(self) -> None:
         """The gathered weights are in: let the parameters be views of them."""
         self._holders += 1
         if self._holders == 1:
             self.value = self._gathered
             self._bind_values()
 
-    def unbind_values(self, pool: Pool) -> None:
+    def drop_values(self, pool: Pool) -> None:
         """One holder less; the last one takes the gathered weights away."""
         self._holders -= 1
         if self._holders == 0:
@@ -236,13 +236,13 @@ class Arena:
             yield param, None, _shaped(x[offset : offset + param.shard.size], param)
 
     def pieces(
-        self, x: Array, *, all: bool = False
+        self, x: Array, *, whole: bool = False
     ) -> Iterator[tuple[Param, tuple[int, int], Array]]:
         """(parameter, [start, stop) in its flattened shard, flat view) of what `x` holds.
 
-        x: laid out like this rank's part; with `all`, like the whole arena.
+        x: laid out like this rank's part; with `whole`, like all of the arena.
         """
-        low, high = (0, self.size) if all else (self.part.start, self.part.stop)
+        low, high = (0, self.size) if whole else (self.part.start, self.part.stop)
         for param, offset in zip(self.params, self.offsets, strict=True):
             start = max(low, offset)
             stop = min(high, offset + param.shard.size)

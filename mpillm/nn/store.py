@@ -39,14 +39,18 @@ class ParamStore:
         seed: int | None,
         *,
         zero: int = 0,
+        gradients: bool = True,
+        pool: Pool | None = None,
         progress: Progress | None = None,
     ) -> None:
         """seed: of the initial values; None leaves zeros, for weights that are loaded.
 
-        zero: the ZeRO stage. progress: drives the gathering of sharded weights.
+        zero: the ZeRO stage. gradients: whether there is room for them. pool: what sharded weights
+        are gathered into, and sharded gradients computed in. progress: drives the gathering.
         """
         self.dtype = dtype
-        self.pool = Pool(backend)
+        self.pool = pool or Pool(backend)
+        self._gradients = gradients
         self.arenas: list[Arena] = []
         self._backend = backend
         self._seed = seed
@@ -125,15 +129,15 @@ class ParamStore:
                 for arena in self._sharded[layer]:
                     if arena.gathering is None:
                         arena.gathering = self._progress.watch(arena.gather(self.pool))
-        for arena in self._sharded[number] if self._sharded else ():
-            if arena.gathering is not None:
-                self._progress.wait(arena.gathering)
-            arena.bind_values()
+        for arena in self._sharded[number]:
+            assert arena.gathering is not None  # begun above, or as the layer that followed
+            self._progress.wait(arena.gathering)
+            arena.hold_values()
 
     def release(self, number: int) -> None:
         """The weights of layer `number` are not needed for now."""
-        for arena in self._sharded[number] if self._sharded else ():
-            arena.unbind_values(self.pool)
+        for arena in self._sharded[number]:
+            arena.drop_values(self.pool)
 
     # -- laying out --------------------------------------------------------------------------------
 
@@ -144,8 +148,12 @@ class ParamStore:
         for param in params:
             offsets.append(size)
             size += -(-param.shard.size // _ALIGN) * _ALIGN
-        # The uses of every parameter of a tied arena are on the same layers' stages.
-        uses = [[use for use in self._uses if use.name == param.name] for param in params]
+        uses = [
+            sorted((use for use in self._uses if use.name == param.name), key=lambda use: use.use)
+            for param in params
+        ]
+        if len({len(same) for same in uses}) > 1:
+            raise ValueError(f"tied parameters of different uses: {[p.name for p in params]}")
         replicas = params[0].reduce_over[0]
         zero = self._zero if replicas.size > 1 else 0
         arena = Arena(
@@ -160,9 +168,11 @@ class ParamStore:
         for same in uses:
             for use in same:
                 use.arena = arena
-        arena.allocate(self._backend, self.dtype)
+        arena.allocate(self._backend, self.dtype, self._gradients)
         if self._seed is not None:
-            kept = arena.pieces(arena.master) if zero == 3 else arena.pieces(arena.value, all=True)
+            kept = (
+                arena.pieces(arena.master) if zero == 3 else arena.pieces(arena.value, whole=True)
+            )
             for param, (start, stop), flat in kept:
                 self._initialize(param, start, stop, flat, fold(self._seed, "init", param.name))
         return arena

@@ -138,7 +138,8 @@ def wait_idle(comm: Comm) -> None:
 def agree(comm: Comm) -> Iterator[None]:
     """Turn a `UserError` of some ranks inside the block into one that all ranks raise.
 
-    The message is that of the lowest rank with an error. Collective over `comm`. Other exceptions
+    The message is that of the lowest rank with an error. Collective over `comm`, and so nothing in
+    the block may be: a rank with a mistake waits at its end for all others. Other exceptions
     pass through: the abort hook ends the ranks that wait here.
     """
     message: str | None = None

@@ -29,7 +29,7 @@ from mpillm.parallel.request import Request
 
 __all__ = ["Gradients", "TreeSum"]
 
-# Sums of sharded gradients that may be under way at once; each holds a layer's whole gradient.
+# Sums of sharded gradients that may be under way at once; each holds an arena's whole gradient.
 _UNDER_WAY = 2
 
 
@@ -174,7 +174,7 @@ class Gradients:
         if arena.zero >= 2:
             self._sum_shards(arena)
             return
-        if self._deterministic:
+        if self._deterministic and self._micros > 1:
             tree = self._trees.setdefault(arena, TreeSum())
             tree.add(arena.grads)
             if last:
@@ -261,19 +261,19 @@ class Gradients:
     def _norm_slots(self) -> tuple[int, Array]:
         """Number of blocks of all parameters of the model, and the places of this rank's.
 
-        Tensor ranks number the blocks of their shards from 0 and share the slots.
+        Each block of each shard has a slot of its own, so that a sum over ranks adds nothing to it.
         """
         counted = self._counted()
-        mine = {param.name: _blocks(math.prod(param.shard.shape), param) for param, _, _ in counted}
-        blocks: dict[str, int] = {}
+        mine = {_shard_of(param): _blocks(param.shard.size, param) for param, _, _ in counted}
+        blocks: dict[tuple[str, tuple[int, ...]], int] = {}
         for held in self._norm_group.allgather_objects(mine):
             blocks.update(held)
         first, total = {}, 0
-        for name in sorted(blocks):
-            first[name] = total
-            total += blocks[name]
+        for shard in sorted(blocks):
+            first[shard] = total
+            total += blocks[shard]
         places = [
-            first[param.name] + start // norm_block(param.shard.shape) + block
+            first[_shard_of(param)] + start // norm_block(param.shard.shape) + block
             for param, (start, stop), _ in counted
             for block in range(_blocks(stop - start, param))
         ]
@@ -295,6 +295,11 @@ def _add_rows(grads: Array) -> Array:
     for use in range(1, len(grads)):
         grads[0] += grads[use]
     return grads[0]
+
+
+def _shard_of(param: Param) -> tuple[str, tuple[int, ...]]:
+    """What tells the shards of all parameters apart."""
+    return param.name, param.shard.start
 
 
 def _blocks(size: int, param: Param) -> int:

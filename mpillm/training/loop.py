@@ -63,14 +63,13 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
         config = resolve(config, tokens)
         # Found out before any weights are made.
         model = build_model(config.model)
-    recorder = Recorder(folder / "flight" / f"rank-{comm.rank:05d}.bin")
-    mesh = Mesh(comm, config.parallel, backend, recorder)
-    with agree(comm):
         train_text = tokens.read("train")
         t = config.train
         loader = Loader(train_text, t.sequence_length, t.batch_size, t.micro_batch_size, t.seed)
-        trainer = Trainer(model, t, config.optimizer, mesh, backend, loader)
+    recorder = Recorder(folder / "flight" / f"rank-{comm.rank:05d}.bin")
+    mesh = Mesh(comm, config.parallel, backend, recorder)
     try:
+        trainer = Trainer(model, t, config.optimizer, mesh, backend, loader)
         run = _Run(config, comm, mesh, trainer, tokens, prepared)
         run.restore()
         result = run.go()
@@ -170,10 +169,10 @@ class _Run:
             self._trainer.restore(
                 manifest.step,
                 manifest.samples,
-                [
+                (
                     checkpoint.read(kind, param.name, param.shard, part)
-                    for kind, param, part, _ in self._trainer.state()
-                ],
+                    for kind, param, part, _ in self._trainer.optimizer.state()
+                ),
             )
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:

@@ -73,14 +73,19 @@ def resolve_batch(settings: TrainSettings, layout: ParallelSettings) -> TrainSet
     must have each data rank's block, or each round of all data ranks, as a subtree.
     """
     data_ranks = layout.data * layout.expert
+    if settings.deterministic and layout.reduction != "ordered":
+        raise UserError(
+            f"train.deterministic: parallel.reduction = {layout.reduction!r} promises no bits; set "
+            "parallel.reduction = 'ordered'"
+        )
     micro = settings.micro_batch_size or -(-settings.batch_size // data_ranks)
     settings = replace(settings, micro_batch_size=min(micro, settings.batch_size))
     if settings.deterministic and _takes_turns(layout):
         if data_ranks & (data_ranks - 1):
             raise UserError(
                 f"train.deterministic: with parallel.zero = {layout.zero} the number of data ranks "
-                f"must be a power of two, and it is {data_ranks}; set parallel.zero = 1, or use "
-                f"{1 << data_ranks.bit_length() - 1} data ranks"
+                f"(data x expert) must be a power of two, and it is {data_ranks}; use "
+                f"{1 << data_ranks.bit_length() - 1} of them"
             )
     elif settings.deterministic and data_ranks > 1:
 
@@ -128,7 +133,10 @@ class Trainer:
         backend: Backend,
         loader: Loader,
     ) -> None:
-        """`train` must have been through `resolve_batch` for the mesh's layout."""
+        """Collective. `train` must have been through `resolve_batch` for the mesh's layout.
+
+        UserError, on every rank alike, for a layout that the model cannot use.
+        """
         model.check_layout(mesh.layout)
         layout = mesh.layout
         self._model = model
@@ -242,12 +250,12 @@ class Trainer:
     def memory(self) -> Memory:
         """Bytes of the training state on this rank; not collective."""
         stores = [stage.store for stage in self.stages]
-        held = [arena.bytes for store in stores for arena in store.arenas]
+        held = [arena.stored_bytes for store in stores for arena in store.arenas]
         return Memory(
             weights=sum(weights for weights, _ in held),
             gradients=sum(gradients for _, gradients in held),
             optimizer=self.optimizer.bytes,
-            working=sum(store.pool.bytes for store in stores),
+            working=stores[0].pool.bytes,  # which all stores share
         )
 
     def _forward_program(self, micros: int) -> Program:

@@ -23,7 +23,6 @@ from mpillm.data.loader import Loader, Tokens
 from mpillm.errors import UserError
 from mpillm.models.settings import build_model
 from mpillm.parallel.group import MESSAGE_LIMIT
-from mpillm.parallel.launch import agree
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.shard import Shard
@@ -99,8 +98,7 @@ class Trial:
         self._recorder = Recorder()
         self._mesh = Mesh(comm, layout, backend, self._recorder, message_limit)
         try:
-            with agree(comm):
-                self.trainer = Trainer(model, train, config.optimizer, self._mesh, backend, loader)
+            self.trainer = Trainer(model, train, config.optimizer, self._mesh, backend, loader)
         except UserError:
             self._mesh.free()
             raise

@@ -7,10 +7,12 @@ trainer has built. What is taken from the package is where things are cut: `Mode
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -426,20 +428,34 @@ def ties(case: Case) -> Ledger:
 
 
 def norm(case: Case) -> Ledger:
-    """A float64 sum of squares for each block of each parameter of the model."""
+    """A float64 sum of squares for each block of each shard of each parameter of the model."""
     found: Ledger = Counter()
     group = "world" if case.layout.zero else "model"
     if case.size(group) > 1:
-        wholes = {
-            weight.name: weight.whole
-            for layer in range(case.model.layers + 2)
-            for weight in case.weights(layer)
-        }
+        expert, tensor = case.layout.expert, case.layout.tensor
+        sizes = {}
+        for e, t in product(range(expert), range(tensor)):
+            cut = _weights(case, {"expert": expert, "tensor": tensor}, e * tensor + t)
+            uncut = _weights(case, {"expert": expert}, e)
+            for name, weight in cut.items():
+                place = (
+                    e if weight.group == "expert_replicas" else 0,
+                    t if weight.local != uncut[name].local else 0,
+                )
+                sizes[name, place] = weight.local, weight.whole
         blocks = sum(
-            math.ceil(whole / max(16, math.ceil(whole / 1024))) for whole in wholes.values()
+            math.ceil(local / max(16, math.ceil(whole / 1024))) for local, whole in sizes.values()
         )
         found[group, "allreduce"] += 8 * blocks
     return found
+
+
+def _weights(case: Case, sizes: dict[str, int], rank: int) -> dict[str, Weight]:
+    """All parameters of the model, by name, on a rank of a layout of these sizes."""
+    layout = ParallelSettings(data=1, **sizes)
+    other = dataclasses.replace(case, layout=layout, rank=rank)
+    layers = range(case.model.layers + 2)
+    return {weight.name: weight for layer in layers for weight in other.weights(layer)}
 
 
 def losses(case: Case) -> Ledger:
