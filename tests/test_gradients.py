@@ -309,6 +309,9 @@ def test_the_norm_counts_each_parameter_once_in_every_layout(mpirun: Any) -> Non
             if layout["tensor"] == 1:
                 assert norms[0] == alone, layout
             assert norms[0] == pytest.approx(alone, rel=1e-14), layout
+        for tensor in (1, 2, 4):
+            of_tensor = [norms[0] for layout, norms in found if layout["tensor"] == tensor]
+            assert len(of_tensor) >= 4 and len(set(of_tensor)) == 1, tensor
 
 
 # --- the learning rate ---------------------------------------------------------------------------
@@ -409,6 +412,13 @@ def test_the_error_names_a_micro_batch_size_that_works(size: int, micro: int, ra
     named = re.search(r"train\.micro_batch_size = (\d+)", str(caught.value))
     assert named, str(caught.value)
     resolve_batch(batch(size, int(named[1]), deterministic=True), over(ranks))
+
+
+def test_deterministic_mode_needs_ordered_sums() -> None:
+    library = ParallelSettings(data=1, reduction="library")
+    with pytest.raises(UserError, match=r"reduction = 'library' promises no bits; .*'ordered'"):
+        resolve_batch(batch(8, 2, deterministic=True), library)
+    assert resolve_batch(batch(8, 2), library).micro_batch_size == 2
 
 
 @pytest.mark.parametrize("zero", [2, 3])

@@ -197,6 +197,29 @@ def test_kinds_of_initial_values() -> None:
     assert (values(3, "float32")[2] == normal.astype("float32")).all()
 
 
+def test_tied_parameters_have_the_same_uses_in_their_order() -> None:
+    store = store_of()
+    second = add(store, "tied", (3,), tied_use=1)
+    first = add(store, "tied", (3,), tied_use=0)
+    store.allocate()
+    (arena,) = store.arenas
+    assert arena.uses == [[first, second]]
+    store = store_of()
+    add(store, "a", (3,), tied_use=0)
+    add(store, "a", (3,), tied_use=1)
+    add(store, "b", (3,), tied_use=0)
+    with pytest.raises(ValueError, match="different uses"):
+        store.allocate()
+
+
+def test_weights_that_are_only_read_have_no_room_for_gradients() -> None:
+    store = ParamStore(BACKEND, "float32", None, gradients=False)
+    param = add(store, "p", (3, 4))
+    store.allocate()
+    assert param.value.shape == (3, 4) and param.grad is None
+    assert store.arenas[0].grads is None and store.arenas[0].grad is None
+
+
 # -- parts ----------------------------------------------------------------------------------------
 
 
