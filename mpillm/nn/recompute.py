@@ -18,9 +18,9 @@ __all__ = ["Recompute", "recomputed"]
 class Recompute(Layer):
     """A layer that keeps its inputs only, and runs forward again before its backward pass.
 
-    The second pass gives the same bits, as dropout is keyed and sums over ranks are ordered. What
-    the first one communicates, it communicates again. The inputs are the caller's arrays, which
-    must be left as they are until then.
+    The second pass gives the same bits, as dropout is keyed, where sums over ranks are ordered.
+    What the first one communicates, it communicates again. The inputs are the caller's arrays,
+    which must be left as they are until then.
     """
 
     def __init__(self, layer: Layer) -> None:

@@ -1,8 +1,9 @@
 """The router of a mixture of experts: which experts a token goes to, and how much each one counts.
 
-Every tensor rank routes all rows, from the same bits and so to the same experts. What is said of a
-sequence as a whole, how many of its tokens an expert takes and how evenly they are spread, is said
-of all of it: context ranks tell each other what they must know.
+Every tensor rank routes all rows, and, where sums over ranks are ordered, from the same bits and so
+to the same experts. What is said of a sequence as a whole, how many of its tokens an expert takes
+and how evenly they are spread, is said of all of it: context ranks tell each other what they must
+know.
 """
 
 from __future__ import annotations

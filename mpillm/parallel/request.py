@@ -9,8 +9,8 @@ from mpi4py import MPI
 
 __all__ = ["Request", "Steps"]
 
-# The MPI requests of a call, each made when the one before it is complete; None for a step that was
-# complete at once.
+# The MPI requests of a call, in the order in which they are waited for. The blocking form of a call
+# has none to give and yields None; a call that is under way must not.
 Steps = Generator["MPI.Request | None", None, None]
 
 
