@@ -155,22 +155,24 @@ def _decode(root: type[Section], kind: type[T], table: Any, path: _Path, origin:
         raise UserError(f"{where}: a section, not a value; expected {name}.key, got {_show(table)}")
     chosen = _variant(kind, dict(table), path, origin)
     fields = msgspec.structs.fields(chosen)
+    names = [entry.encode_name for entry in fields]
     for key in table:
-        if key not in chosen.__struct_fields__:
+        if key not in names:
             what = "setting" if path else "section"
-            nearest = _nearest_setting(root, (*path, key), chosen.__struct_fields__)
+            nearest = _nearest_setting(root, (*path, key), names)
             raise UserError(f"{origin.where((*path, key))}: no such {what}; {nearest}")
     values: dict[str, Any] = {}
     for entry in fields:
-        here, section = (*path, entry.name), _section(entry.type)
-        if entry.name not in table:
+        name = entry.encode_name  # without the underscore of a field that is a Python keyword
+        here, section = (*path, name), _section(entry.type)
+        if name not in table:
             if entry.required:
                 what = f"section [{_dotted(here)}]" if section else f"setting {_dotted(here)}"
                 raise UserError(f"{origin.where(())}: missing {what}: {_help(entry)}")
         elif section:
-            values[entry.name] = _decode(root, section, table[entry.name], here, origin)
+            values[entry.name] = _decode(root, section, table[name], here, origin)
         else:
-            values[entry.name] = _value(entry.type, table[entry.name], here, origin)
+            values[entry.name] = _value(entry.type, table[name], here, origin)
     return chosen(**values)
 
 
@@ -214,7 +216,8 @@ def _value(kind: Any, value: Any, path: _Path, origin: _Origin) -> Any:
 
 def to_table(config: Section) -> dict[str, Any]:
     """The settings as a table of tables of plain values; settings that are None are left out."""
-    pairs = ((name, getattr(config, name)) for name in config.__struct_fields__)
+    names = zip(config.__struct_encode_fields__, config.__struct_fields__, strict=True)
+    pairs = ((name, getattr(config, field)) for name, field in names)
     return {
         name: to_table(value) if isinstance(value, Section) else msgspec.to_builtins(value)
         for name, value in pairs
@@ -257,9 +260,9 @@ def _settings(
     for entry in msgspec.structs.fields(chosen):
         section = _section(entry.type)
         if section:
-            yield from _settings(section, f"{prefix}{entry.name}.")
+            yield from _settings(section, f"{prefix}{entry.encode_name}.")
         else:
-            yield prefix + entry.name, entry, chosen
+            yield prefix + entry.encode_name, entry, chosen
 
 
 def _section(kind: Any) -> type[Section] | None:

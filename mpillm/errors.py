@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["EXIT_USER_ERROR", "UserError", "did_you_mean"]
+__all__ = ["EXIT_HUNG", "EXIT_REQUEUE", "EXIT_USER_ERROR", "UserError", "did_you_mean"]
 
 EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 85  # saved before its end: the same command goes on
+EXIT_HUNG = 86  # ended by the watchdog
 
 
 class UserError(Exception):

@@ -1,8 +1,4 @@
-"""The Cartesian grid of ranks and the Groups along its axes.
-
-The grid has five axes, most of them of size 1: pipe, data, expert, context, tensor, the last one
-fastest, so that tensor neighbours, who talk most, share a node.
-"""
+"""The grid of ranks and the Groups along its axes; who belongs to which, `Grid` tells."""
 
 from __future__ import annotations
 
@@ -11,14 +7,13 @@ from msgspec.structs import replace
 
 from mpillm.array.backend import Backend
 from mpillm.errors import UserError
+from mpillm.parallel.grid import AXES, GROUPS, Grid
 from mpillm.parallel.group import MESSAGE_LIMIT, Group
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.schedules import SCHEDULES
 from mpillm.parallel.settings import ParallelSettings
 
 __all__ = ["AXES", "Mesh", "fit"]
-
-AXES = ("pipe", "data", "expert", "context", "tensor")
 
 
 def fit(settings: ParallelSettings, ranks: int) -> ParallelSettings:
@@ -82,7 +77,21 @@ class Mesh:
     model (pipe x expert x tensor): those that hold every parameter between them.
     tied: the first and the last pipeline stage; of size 1 where they are one or this is neither.
     world: all ranks.
+    node: those that share this rank's node.
     """
+
+    pipe: Group
+    data: Group
+    expert: Group
+    context: Group
+    tensor: Group
+    replicas: Group
+    expert_replicas: Group
+    batch: Group
+    model: Group
+    tied: Group
+    world: Group
+    node: Group
 
     def __init__(
         self,
@@ -94,42 +103,16 @@ class Mesh:
     ) -> None:
         """`layout` must have been through `fit` for the size of `comm`. Every rank calls."""
         self.layout = layout
-        sizes = [getattr(layout, axis) for axis in AXES]
-        grid = comm.Create_cart(sizes, periods=[False] * len(AXES), reorder=False)
-
-        def group(name: str, of: MPI.Comm) -> Group:
-            return Group(of, name, backend, recorder, layout.reduction, message_limit)
-
-        def along(name: str, *axes: str) -> Group:
-            return group(name, grid.Sub([axis in axes for axis in AXES]))
-
-        self.world = group("world", grid)
-        self.pipe = along("pipe", "pipe")
-        self.data = along("data", "data")
-        self.expert = along("expert", "expert")
-        self.context = along("context", "context")
-        self.tensor = along("tensor", "tensor")
-        self.replicas = group("replicas", self._replicas(grid, "data", "expert", "context"))
-        self.expert_replicas = group("expert_replicas", self._replicas(grid, "data", "context"))
-        self.batch = along("batch", "data", "expert")
-        self.model = along("model", "pipe", "expert", "tensor")
-        self.tied = group("tied", self._ends(grid))
-
-    def _replicas(self, grid: MPI.Cartcomm, *axes: str) -> MPI.Intracomm:
-        """The ranks along these axes, in the order of their places along all but the context."""
-        line = grid.Sub([axis in axes for axis in AXES])
-        ordered: MPI.Intracomm = line.Split(0, self.context.rank * line.size + line.rank)  # type: ignore[assignment]
-        line.Free()
-        return ordered
-
-    def _ends(self, grid: MPI.Cartcomm) -> MPI.Intracomm:
-        """The first and last stage of this rank's pipeline; the others are alone."""
-        last = self.pipe.size - 1
-        color = 0 if self.pipe.rank in (0, last) else 1 + self.pipe.rank
-        line = grid.Sub([axis == "pipe" for axis in AXES])
-        ends: MPI.Intracomm = line.Split(color, self.pipe.rank)  # type: ignore[assignment]
-        line.Free()
-        return ends
+        self.grid = Grid(layout)
+        self.recorder = recorder
+        for name in (*GROUPS, "node"):
+            if name == "node":
+                part = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+            else:
+                members = self.grid.members(name, comm.rank)
+                part = comm.Split(min(members), members.index(comm.rank))
+            group = Group(part, name, backend, recorder, layout.reduction, message_limit)
+            setattr(self, name, group)
 
     def free(self) -> None:
         """Give all communicators back to MPI. Every rank calls."""

@@ -39,6 +39,16 @@ class TrainSettings(Section, frozen=True, kw_only=True):
         bool,
         Meta(description="the same bits in every data, pipe and accumulation layout"),
     ] = False
+    max_skipped: Annotated[
+        int, Meta(ge=1, description="updates skipped in a row for bad numbers that end the run")
+    ] = 10
+    spike_zscore: Annotated[
+        float,
+        Meta(ge=0, description="skip updates whose loss is so many deviations high; 0: none"),
+    ] = 0.0
+    spike_window: Annotated[
+        int, Meta(ge=2, le=10_000, description="steps whose losses a spike is measured by")
+    ] = 100
 
 
 class OptimizerSettings(Section, frozen=True, kw_only=True):
@@ -69,6 +79,25 @@ class RunSettings(Section, frozen=True, kw_only=True):
     ] = "numpy"
     threads: Annotated[
         int, Meta(ge=0, description="BLAS threads a rank; 0: cores divided by ranks of the node")
+    ] = 0
+    time_limit: Annotated[
+        int | str,
+        Meta(description="save and end in time for this limit: seconds or HH:MM:SS; 0: none"),
+    ] = 0
+    signals: Annotated[
+        tuple[str, ...], Meta(description="signals on which the run saves and ends")
+    ] = ("USR1", "TERM")
+    flight_dir: Annotated[
+        str, Meta(description="folder of the ranks' flight files; empty: in the run folder")
+    ] = ""
+    hang_timeout: Annotated[
+        float, Meta(ge=0, description="seconds in one call that end a job as hung; 0: never")
+    ] = 600.0
+    slow_timeout: Annotated[
+        float, Meta(ge=0, description="the same while a rank loads, saves or evaluates")
+    ] = 3600.0
+    check_replicas: Annotated[
+        int, Meta(ge=0, description="steps between comparisons of all replicas' bits; 0: none")
     ] = 0
 
 
