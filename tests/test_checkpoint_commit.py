@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_fakes import items_of, on_ranks, save_ranks, state
+from checkpoint_fakes import items_of, save_ranks, state
 
-from mpillm.checkpoint import shard_file
-from mpillm.checkpoint.files import hash_file, latest, list_checkpoints
+from mpillm.checkpoint import saver
+from mpillm.checkpoint.files import latest, list_checkpoints
 from mpillm.checkpoint.reader import Checkpoint
-from mpillm.checkpoint.store import Item, save
+from mpillm.checkpoint.store import Item
 from mpillm.checkpoint.verify import verify
 from mpillm.errors import UserError
 from mpillm.parallel.shard import Shard
@@ -96,16 +96,18 @@ def test_the_order_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def fsync(handle: int) -> None:
         events.append(f"fsync {os.path.relpath(os.readlink(f'/proc/self/fd/{handle}'), tmp_path)}")
 
+    plain = os.rename
+
     def rename(path: Path, target: Path) -> None:
         events.append(f"rename {path.relative_to(tmp_path)} {target.relative_to(tmp_path)}")
-        os.rename(path, target)
+        plain(path, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(os, "rename", rename)
     folder = tmp_path / "run" / "checkpoints"
     save_ranks(folder, 7, items_of(7))
     temporary, final = "run/checkpoints/.tmp-00000007", "run/checkpoints/step-00000007"
-    assert events[:2] == ["fsync run", "fsync ."]
+    assert events[:2] == ["fsync .", "fsync run"]
     assert sorted(events[2:4]) == [f"fsync {temporary}/shard-0000{rank}.h5" for rank in (0, 1)]
     commit = [
         f"fsync {temporary}/manifest.json",
@@ -117,8 +119,11 @@ def test_the_order_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     events.clear()
     save_ranks(folder, 7, items_of(8))
     commit[2:2] = [f"rename {final} {final}.old", "fsync run/checkpoints"]
-    assert events[2:-1] == commit
-    assert events[-1] == f"rename {final}.old run/checkpoints/.tmp-removed-step-00000007.old"
+    assert events[2:-2] == commit
+    assert events[-2:] == [
+        f"rename {final}.old run/checkpoints/.tmp-removed-step-00000007.old",
+        "fsync run/checkpoints",
+    ]
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -159,18 +164,18 @@ def test_a_crash_while_a_step_is_replaced(
 ) -> None:
     """Cut before each rename: away with the old, in with the new, the old to be removed."""
     save_ranks(tmp_path, 5, items_of(1), keep=1)
-    left = [renames]
+    left, plain = [renames], os.rename
 
     def rename(path: Path, target: Path) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        os.rename(path, target)
+        plain(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", rename)
+        patch.setattr(os, "rename", rename)
         with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 5, items_of(2, 1)[0], Alone(), **FACTS)
+            save_ranks(tmp_path, 5, items_of(2, 1), keep=1)
     expected = {1: ("step-00000005", 1), 2: ("step-00000005.old", 1), 3: ("step-00000005", 2)}
     name, step = expected[renames]
     newest = latest(tmp_path)
@@ -197,29 +202,12 @@ def test_leftovers_of_dead_writes_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000003"]
 
 
-class Alone:
-    """A world of one rank."""
-
-    rank = 0
-
-    def gather_objects(self, value: object) -> list[object]:
-        return [value]
-
-    def broadcast_object(self, value: object) -> object:
-        return value
-
-
-FACTS: dict[str, Any] = {"samples": 0, "layout": {"data": 1}, "settings": {}, "keep": 1}
-
-
 def failing(folder: Path, step: int = 2, ranks: int = 3) -> str:
     """Save on some ranks; see that each gets the same UserError of one line; returns it."""
-    items = items_of(step, ranks)
-    results = on_ranks(ranks, lambda world: save(folder, step, items[world.rank], world, **FACTS))
-    assert {type(result) for result in results} == {UserError}, results
-    (message,) = {str(result) for result in results}
-    assert "\n" not in message
-    return message
+    with pytest.raises(UserError) as caught:
+        save_ranks(folder, step, items_of(step, ranks), keep=1)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +242,7 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         if moment == "rename":
-            patch.setattr(Path, "rename", rename)
+            patch.setattr(os, "rename", rename)
         message = failing(tmp_path)
     assert os.strerror(code) in message
     assert ("shard-00002.h5 on rank 2" in message) == (moment == "shard-00002.h5")
@@ -271,13 +259,15 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_file_that_rank_0_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lose(path: Path) -> str:
-        digest = hash_file(path)
+    plain = saver.write_shard
+
+    def lose(path: Path, items: Any, **options: Any) -> Any:
+        written = plain(path, items, **options)
         if path.name == "shard-00002.h5":
             path.rename(tmp_path / "on another disk")
-        return digest
+        return written
 
-    monkeypatch.setattr(shard_file, "hash_file", lose)
+    monkeypatch.setattr(saver, "write_shard", lose)
     assert "must be on a shared disk" in failing(tmp_path / "run")
 
 

@@ -18,12 +18,13 @@ from checkpoint_fakes import items_of, save_ranks, state
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpillm.checkpoint.files import Damaged, hash_file
 from mpillm.checkpoint.manifest import Array, File, Manifest, Piece, decode, encode
 from mpillm.checkpoint.reader import Checkpoint
 from mpillm.checkpoint.verify import verify
 from mpillm.errors import UserError
 from mpillm.parallel.shard import Shard
+from mpillm.storage.disk import Damaged, hash_file
+from mpillm.storage.hdf5 import FORMAT
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def wrong_elements(file: h5py.File, dataset: str, elsewhere: Path) -> str:
 def no_elements(file: h5py.File, dataset: str, elsewhere: Path) -> str:
     del file[dataset]
     file.create_dataset(dataset, (5, 4), "<f4")
-    return "its bytes do not match"
+    return "it holds 0 bytes, expected 80"
 
 
 def no_dataset(file: h5py.File, dataset: str, elsewhere: Path) -> str:
@@ -277,7 +278,7 @@ def test_hostile_hdf5(
     good: Path, tmp_path: Path, attack: Callable[[h5py.File, str, Path], str]
 ) -> None:
     file = good / "shard-00000.h5"
-    with h5py.File(file, "r+") as h5:
+    with h5py.File(file, "r+", libver=FORMAT) as h5:
         data = h5["parameter/embed.tokens"][...]
         with h5py.File(tmp_path / "elsewhere", "w") as elsewhere:
             elsewhere["x"] = data
@@ -312,7 +313,14 @@ PIECE = (*FIRST, "pieces", 1)
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("has format version 2; this mpillm reads 1", set_at("version", to=2)),
+        (
+            "has format version 3, which a newer mpillm has written; this one reads versions 1 to "
+            "2; install a newer one",
+            set_at("version", to=3),
+        ),
+        ("version 0, which no mpillm has ever written", set_at("version", to=0)),
+        ("version True, which no mpillm has ever written", set_at("version", to=True)),
+        ("version 1 has no field `state`", set_at("version", to=1)),
         ("is not the manifest of a checkpoint", set_at("format", to="other")),
         ("contains unknown field `more`", set_at("more", to=1)),
         ("Expected `int`, got `str`", set_at("step", to="2")),
@@ -377,7 +385,7 @@ def test_a_path_through_a_file(good: Path) -> None:
 
 def test_a_manifest_that_is_too_large(good: Path) -> None:
     os.truncate(good / "manifest.json", 2**29)  # a sparse file
-    refused(good, "a manifest has at most")
+    refused(good, "bytes; at most")
 
 
 def test_elements_that_no_piece_holds(good: Path) -> None:
@@ -414,6 +422,7 @@ def test_overlaps_are_found_among_many_hyperslabs(data: st.DataObject) -> None:
         samples=0,
         layout={},
         settings={},
+        state={},
         versions={},
         extra={},
         files=(File("shard-00000.h5", 10**6, "0" * 64),),

@@ -200,9 +200,9 @@ def test_what_is_no_tokenizer_file_is_refused(tmp_path: Path) -> None:
         load_tokenizer(path)
     for content in ("", "{", "[]", "[" * 100_000, "\xff"):
         path.write_bytes(content.encode("latin-1"))
-        with pytest.raises(UserError, match="is not"):
+        with pytest.raises(UserError, match="is not|not JSON"):
             load_tokenizer(path)
     with path.open("wb") as file:
         file.truncate((64 << 20) + 1)
-    with pytest.raises(UserError, match="larger than any tokenizer"):
+    with pytest.raises(UserError, match="bytes; at most 67108864 are read"):
         load_tokenizer(path)

@@ -16,6 +16,7 @@ from mpillm.data.settings import DataSettings
 from mpillm.data.tokenizer import CharacterTokenizer, load_tokenizer
 from mpillm.data.tokens import TokenFile, write_tokens
 from mpillm.errors import UserError
+from mpillm.storage.hdf5 import FORMAT
 
 TRAIN = np.random.default_rng(0).integers(0, 60, 200_000)
 VALIDATION = np.arange(60)
@@ -107,30 +108,34 @@ def virtual(file: h5py.File) -> None:
     [
         (lambda f: f.attrs.update(format=np.bytes_("x")), "is not a token file"),
         (lambda f: f.attrs.pop("format"), "is not a token file"),
-        (lambda f: f.attrs.update(version=2), "has version 2; this mpillm reads 1"),
+        (lambda f: f.attrs.update(version=3), "has version 3; this mpillm reads 2"),
         (lambda f: f.attrs.update(version=[1, 1]), "attribute 'version' is no number"),
         (lambda f: f.attrs.update(source="variable length"), "attribute 'source' is no number"),
         (lambda f: f.attrs.update(vocabulary_size=0), "'vocabulary_size' is missing"),
         (lambda f: f.attrs.update(vocabulary_size=59), "id 59, but its vocabulary has 59"),
         (lambda f: f.update(x=h5py.SoftLink("/train")), "'x' is a link"),
+        (lambda f: f.update({"x\ny": 1}), r"the name 'x\\ny' is not printable"),
         (lambda f: f.update(x=h5py.ExternalLink("other.h5", "/train")), "'x' is a link"),
-        (lambda f: f.create_group("x"), "'x' is not a dataset"),
-        (virtual, "'train' keeps its data in another file"),
-        (external_storage, "'train' keeps its data in another file"),
+        (lambda f: f.create_group("x"), "'x': it is not a dataset"),
+        (virtual, "'train': it is a virtual dataset"),
+        (external_storage, "'train': it keeps its elements in another file"),
         (lambda f: replace(f, data=np.zeros(3, dtype="<i2")), "has type int16"),
         (lambda f: replace(f, data=np.zeros(3, dtype=">u2")), "has type >u2"),
         (lambda f: replace(f, data=np.zeros((3, 3), dtype="<u2")), r"shape \(3, 3\)"),
-        (lambda f: replace(f, data=np.zeros(9, dtype="<u2"), compression=1), "is filtered"),
         (
-            lambda f: replace(f, shape=(1 << 45,), dtype="<u2", chunks=(1024,)),
-            "holds fewer bytes than its 35184372088832 tokens",
+            lambda f: replace(f, data=np.zeros(9, dtype="<u2"), compression=1),
+            "'train': it is chunked, compact or filtered",
+        ),
+        (
+            lambda f: replace(f, shape=(1 << 45,), dtype="<u2"),
+            "'train': it holds 0 bytes, expected 70368744177664",
         ),
     ],
 )
 def test_a_tampered_file_is_refused(
     tamper: Callable[[h5py.File], None], message: str, path: Path
 ) -> None:
-    with h5py.File(path, "r+") as file:
+    with h5py.File(path, "r+", libver=FORMAT) as file:
         tamper(file)
     with pytest.raises(UserError, match=message) as caught:
         TokenFile(path)
@@ -170,7 +175,7 @@ def test_files_that_are_not_there_or_not_hdf5(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file"):
         TokenFile(tmp_path / "tokens.h5")
     (tmp_path / "tokens.h5").write_text("plain text")
-    with pytest.raises(UserError, match="is damaged or not HDF5"):
+    with pytest.raises(UserError, match="is not readable HDF5"):
         TokenFile(tmp_path / "tokens.h5")
 
 

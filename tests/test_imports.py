@@ -27,7 +27,7 @@ ORDER = [
     {"training", "inference"},
     {"models", "data", "checkpoint", "report"},
     {"nn"},
-    {"parallel", "array"},
+    {"parallel", "array", "storage"},
     {"config", "errors"},
 ]
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}

@@ -351,7 +351,7 @@ def test_the_strict_backend_trains_as_numpy_does(
         assert ours.loss == pytest.approx(exact.loss, rel=1e-12)
         assert ours.grad_norm == pytest.approx(exact.grad_norm, rel=1e-12)
     for to_host, to_device in copies:
-        # Up: tokens, labels, mask and sample numbers of each micro-batch.
-        assert to_device == 4 * micros
-        # Down: the losses of the step and its gradient norm.
-        assert to_host <= 2
+        # Up: tokens, labels, mask and sample numbers of each micro-batch, and a verdict.
+        assert to_device == 4 * micros + 1
+        # Down: losses, gradient norm, whether what was seen is finite, the verdict of all ranks.
+        assert to_host <= 4

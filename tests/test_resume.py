@@ -205,8 +205,8 @@ def test_another_model_or_text_is_refused(
     assert len(lines) == 1 and message in lines[0] and "--fresh" in lines[0]
 
 
-def test_a_damaged_checkpoint_is_named(python: Command, config: Path, folder: Path) -> None:
-    shard = folder / "checkpoints" / f"step-{STEPS:08d}" / "shard-00000.h5"
+def damage(shard: Path) -> None:
+    """Change one bit of an element."""
     with Checkpoint.open(shard.parent) as checkpoint:
         piece = checkpoint.array("parameter", "embedding.tokens").pieces[0]
     with h5py.File(shard, "r") as file:
@@ -214,14 +214,42 @@ def test_a_damaged_checkpoint_is_named(python: Command, config: Path, folder: Pa
     data = bytearray(shard.read_bytes())
     data[offset + 7] ^= 1
     shard.write_bytes(data)
-    for command in (
-        arguments(config, folder, "--train.steps=70"),
-        ["-m", "mpillm", "generate", str(folder), "--prompt", "a"],
-    ):
-        result = python(*command)
-        assert result.returncode == 2
-        assert "Traceback" not in result.stderr
-        assert "shard-00000.h5" in result.stderr and f"step-{STEPS:08d}" in result.stderr
+
+
+def test_of_a_damaged_checkpoint_nothing_is_generated(
+    python: Command, config: Path, folder: Path
+) -> None:
+    damage(folder / "checkpoints" / f"step-{STEPS:08d}" / "shard-00000.h5")
+    result = python("-m", "mpillm", "generate", str(folder), "--prompt", "a")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "shard-00000.h5" in result.stderr and f"step-{STEPS:08d}" in result.stderr
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    python: Command, config: Path, whole: Path, folder: Path
+) -> None:
+    last = folder / "checkpoints" / f"step-{STEPS:08d}"
+    damage(last / "shard-00000.h5")
+    output = succeed(python(*arguments(config, folder)))
+    assert f"{last.name} cannot be used, and the one before is tried: " in output
+    assert f"{last / 'shard-00000.h5'}, dataset 'parameter/embedding.tokens' is damaged" in output
+    assert f"resumed after step {STEPS - 3}" in output
+    assert metrics(folder) == metrics(whole)
+    assert_equal(state(folder), state(whole))
+
+
+def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(
+    python: Command, config: Path, folder: Path
+) -> None:
+    before = metrics(folder)
+    for manifest in folder.glob("checkpoints/step-*/manifest.json"):
+        manifest.write_bytes(manifest.read_bytes()[:-2])
+    result = python(*arguments(config, folder))
+    assert result.returncode == 2
+    assert "none of the 2 checkpoints in" in result.stderr and "--fresh" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert metrics(folder) == before and len(list(folder.glob("checkpoints/step-*"))) == 2
 
 
 def test_generate_refuses_another_tokenizer(python: Command, folder: Path) -> None:

@@ -1,33 +1,14 @@
-"""Names, sizes and hashes of a checkpoint's files and folders."""
+"""Names of a checkpoint's folders."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import stat
 from pathlib import Path
 
-from mpillm.errors import UserError
-
-__all__ = [
-    "OLD",
-    "Damaged",
-    "file_size",
-    "hash_file",
-    "latest",
-    "list_checkpoints",
-    "step_name",
-    "step_of",
-    "sync",
-]
+__all__ = ["OLD", "latest", "list_checkpoints", "step_name", "step_of"]
 
 OLD = ".old"
 """Suffix of a complete checkpoint that a second save of its step is about to replace."""
-
-
-class Damaged(UserError):
-    """The bytes of a checkpoint are not those that were committed; an older one may be whole."""
 
 
 def step_name(step: int) -> str:
@@ -61,35 +42,3 @@ def latest(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step, if there is one."""
     found = list_checkpoints(folder)
     return found[-1] if found else None
-
-
-def file_size(path: Path) -> int:
-    """Size in bytes of a regular file. Raises UserError for anything else, links included."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        raise Damaged(f"{path} is missing") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{path} is not a regular file; links and devices are not followed")
-    return status.st_size
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest, buffer = hashlib.sha256(), bytearray(2**20)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(view):
-            digest.update(view[:count])
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

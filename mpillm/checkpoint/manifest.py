@@ -11,19 +11,22 @@ place. The manifest carries the hash of every file, of every piece and of itself
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
-from mpillm.checkpoint.files import Damaged, file_size, step_of
+from mpillm.checkpoint.files import step_of
+from mpillm.checkpoint.json_values import check_json
+from mpillm.checkpoint.upgrade import VERSION, upgraded
 from mpillm.errors import UserError
 from mpillm.parallel.shard import Shard
+from mpillm.storage.disk import Damaged, read_file
+from mpillm.storage.strict_json import parse_json
 
 __all__ = [
     "DTYPES",
@@ -38,11 +41,11 @@ __all__ = [
     "Piece",
     "decode",
     "encode",
+    "manifest_bytes",
     "read_manifest",
 ]
 
 FORMAT = "mpillm checkpoint"
-VERSION = 1
 MANIFEST = "manifest.json"
 KIND = r"\A[a-z0-9_]+(/[a-z0-9_]+)*\Z"
 NAME = r"\A[A-Za-z0-9_][A-Za-z0-9_.\[\]-]*\Z"
@@ -52,7 +55,7 @@ DTYPES = {
 }
 """Element types by name, as they are stored: little-endian."""
 
-_MAX_BYTES = 256 * 2**20  # a manifest of 10,000 ranks takes about 10 MiB
+_MAX_BYTES = 256 * 2**20  # a manifest of 10,000 ranks takes about 15 MiB
 _TAIL = b'"}\n'
 _BLANK = "0" * 64
 
@@ -145,6 +148,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
 
     format: str = FORMAT
     version: int = VERSION
+    """That of the file it was read from; the members are always those of the newest."""
     created: str
     """Date and time, UTC, ISO 8601."""
     step: _Count
@@ -154,6 +158,8 @@ class Manifest(_Record, frozen=True, kw_only=True):
     """Sizes of the mesh axes that wrote it; a reader needs none of them."""
     settings: dict[str, Any]
     """The run's resolved settings."""
+    state: dict[str, Any]
+    """What else the run goes on from: numbers, words, lists and tables."""
     versions: dict[str, str]
     """Of the libraries that wrote it."""
     extra: dict[str, str]
@@ -164,17 +170,18 @@ class Manifest(_Record, frozen=True, kw_only=True):
     """Hash of the manifest's own bytes with zeros in place of these 64 digits; always last."""
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint's folder. Raises UserError, naming the file."""
+def manifest_bytes(folder: Path) -> bytes:
+    """The bytes of the manifest in a checkpoint's folder. Raises UserError, naming the file."""
+    return read_file(folder / MANIFEST, _MAX_BYTES)
+
+
+def read_manifest(folder: Path, raw: bytes | None = None) -> Manifest:
+    """Read and check the manifest of a checkpoint's folder. Raises UserError, naming the file.
+
+    raw: its bytes, where they are already read.
+    """
     path = folder / MANIFEST
-    size = file_size(path)
-    if size > _MAX_BYTES:
-        raise Damaged(f"{path} is damaged: {size} bytes; a manifest has at most {_MAX_BYTES}")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    manifest = decode(raw, path)
+    manifest = decode(manifest_bytes(folder) if raw is None else raw, path)
     step = step_of(folder.name)
     if step is not None and step != manifest.step:
         raise Damaged(f"{path} is that of step {manifest.step}, not of the folder it lies in")
@@ -182,8 +189,22 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as compact JSON with its own hash put in."""
-    raw = msgspec.json.encode(msgspec.structs.replace(manifest, sha256=_BLANK)) + b"\n"
+    """The manifest as compact JSON with its own hash put in, in the newest version.
+
+    Raises UserError when it is larger than any reader takes, ValueError for a value that JSON would
+    not give back as it is.
+    """
+    for name in ("layout", "settings", "state"):
+        check_json(getattr(manifest, name), name)
+    manifest = msgspec.structs.replace(manifest, version=VERSION, sha256=_BLANK)
+    raw = msgspec.json.encode(manifest) + b"\n"
+    if len(raw) > _MAX_BYTES:
+        pieces = sum(len(array.pieces) for array in manifest.arrays)
+        raise UserError(
+            f"the manifest of {pieces:,} pieces has {len(raw) / 2**20:,.0f} MiB, and no more than "
+            f"{_MAX_BYTES / 2**20:,.0f} MiB are read; cut the state into fewer pieces (a lower "
+            "parallel.zero, or a smaller parallel.tensor)"
+        )
     return raw[: -len(_TAIL) - 64] + _own_hash(raw) + _TAIL
 
 
@@ -195,15 +216,10 @@ def _own_hash(raw: bytes) -> bytes:
 
 def decode(raw: bytes, where: Path) -> Manifest:
     """Read a manifest strictly. Raises UserError in one line that names `where`."""
-    try:
-        value = json.loads(raw, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{where} is damaged: not JSON ({error})") from None
+    value = parse_json(raw, where)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"{where} is not the manifest of a checkpoint (format '{FORMAT}')")
-    if value.get("version") != VERSION:
-        version = str(value.get("version"))[:20]
-        raise UserError(f"{where} has format version {version}; this mpillm reads {VERSION}")
+    value = upgraded(value, where)
     if raw[-len(_TAIL) - 64 :] != _own_hash(raw) + _TAIL:
         raise Damaged(f"{where} is damaged: its bytes do not match its own sha256")
     try:
@@ -212,19 +228,6 @@ def decode(raw: bytes, where: Path) -> Manifest:
     except (msgspec.ValidationError, ValueError) as error:
         raise Damaged(f"{where} is damaged: {error}") from None
     return manifest
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key '{twice[:50]}' stands twice")
-    return result
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check(manifest: Manifest) -> None:

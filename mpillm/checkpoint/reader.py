@@ -1,48 +1,45 @@
 """Reading a checkpoint: any hyperslab of any array, from the pieces that overlap it.
 
-Every file is opened by one guard, `_open`, and every dataset found by one guard, `_find`: regular
-files of the listed size, datasets reached by hard links alone, stored in one contiguous run in the
-file itself, of exactly the listed type and shape.
+Files are read by `storage.hdf5` alone: regular files of the listed size, datasets reached by hard
+links alone, stored in one contiguous run in the file itself, of exactly the listed type and shape.
 
 The first time a piece is needed it is read whole, in blocks, and its hash is checked on the very
-bytes that are handed out; after that only the blocks that are needed are read. So damage never
-goes unnoticed, and a rank of a large job reads no more files than it has pieces in. The metadata of
-HDF5 carry checksums of their own. The hash of a whole file is for `verify` and `sha256sum`.
+bytes that are handed out; after that, unless its file has changed, only the blocks that are needed
+are read. So damage never goes unnoticed, and a rank of a large job reads no more files than it has
+pieces in. The metadata of HDF5 carry checksums of their own. The hash of a whole file is for
+`verify` and `sha256sum`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import Any, Protocol, final
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from mpillm.checkpoint.files import Damaged, file_size
 from mpillm.checkpoint.manifest import (
     DTYPES,
     Array,
-    File,
     Manifest,
     Piece,
+    manifest_bytes,
     read_manifest,
 )
 from mpillm.errors import UserError, did_you_mean
 from mpillm.parallel.shard import Shard
+from mpillm.storage.disk import Damaged
+from mpillm.storage.hdf5 import Hdf5File
 
 __all__ = ["Checkpoint", "flat_boxes"]
 
 _BLOCK = 2**22  # elements read at a time
 _OPEN_FILES = 16
-_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)  # all that h5py raises
 
 
 def flat_boxes(
@@ -73,32 +70,52 @@ def flat_boxes(
             yield (last, *low), (last + 1, *high)
 
 
-@dataclass
-class _OpenFile:
-    """An open file and the datasets in it whose hash was right."""
+class World(Protocol):
+    """What opening a checkpoint together needs of a communicator."""
 
-    handle: h5py.File
-    checked: set[str] = field(default_factory=set)
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    def broadcast_object(self, value: Any, /) -> Any:
+        """Rank 0's value on every rank."""
 
 
 @final
 class Checkpoint:
     """A committed checkpoint, open for reading; close it, or use it in a `with` statement.
 
-    No communicator is involved: each rank opens its own, or is handed a manifest that one rank
-    has read.
+    No communicator is involved in reading: each rank reads what it needs for itself.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self._arrays = {(array.kind, array.name): array for array in manifest.arrays}
-        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._files: OrderedDict[int, Hdf5File] = OrderedDict()
+        # By file: what it was like, and the datasets in it whose hash was right. It outlives the
+        # closing of the file, so that reading here and there in many files hashes nothing twice.
+        self._checked: dict[int, tuple[tuple[int, ...], set[str]]] = {}
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Open a checkpoint's folder. Raises UserError for a manifest that cannot be trusted."""
-        return cls(path, read_manifest(path))
+    def open(cls, path: Path, world: World | None = None) -> Checkpoint:
+        """Open a checkpoint's folder. Raises UserError for a manifest that cannot be trusted.
+
+        With a communicator, a collective call: rank 0 reads the manifest for all ranks, and what is
+        wrong with it is raised on each of them.
+        """
+        if world is None:
+            return cls(path, read_manifest(path))
+        raw: bytes | UserError = b""
+        if world.rank == 0:
+            try:
+                raw = manifest_bytes(path)
+            except UserError as error:
+                raw = error
+        raw = world.broadcast_object(raw)
+        if isinstance(raw, UserError):
+            raise raw
+        return cls(path, read_manifest(path, raw))
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -114,7 +131,7 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         for file in self._files.values():
-            file.handle.close()
+            file.close()
         self._files.clear()
 
     def kinds(self) -> list[str]:
@@ -184,39 +201,41 @@ class Checkpoint:
         ):
             return 0
         file = self._open(piece.file)
-        checked = piece.dataset in file.checked
-        where = f"{self.path / self.manifest.files[piece.file].name}, dataset '{piece.dataset}'"
+        checked = self._checked[piece.file][1]
+        is_checked = piece.dataset in checked
+        stored = file.find(piece.dataset, DTYPES[array.dtype], piece.stored_shape)
         digest, filled = hashlib.sha256(), 0
-        try:
-            dataset = _find(file.handle, piece, DTYPES[array.dtype], where)
-            for box, at in _blocks(hyperslab, *piece.flat):
-                shared = [(target, out, box.overlap(target)) for target, out in targets or ()]
-                if checked and not any(common for _, _, common in shared):
-                    continue
-                part = slice(at, at + box.size) if piece.range else hyperslab.locate(box)
-                data = np.asarray(dataset[part]).reshape(box.local_shape)
+        for box, at in _blocks(hyperslab, *piece.flat):
+            shared = [(target, out, box.overlap(target)) for target, out in targets or ()]
+            if is_checked and not any(common for _, _, common in shared):
+                continue
+            data = stored.read(at, at + box.size).reshape(box.local_shape)
+            if not is_checked:
                 digest.update(data.data)
-                for target, out, common in shared:
-                    if common:
-                        out[target.locate(common)] = data[box.locate(common)]
-                        filled += common.size
-        except _HDF5_ERRORS as error:
-            raise Damaged(f"{where}: {' '.join(str(error).split())}") from None
-        if not checked and digest.hexdigest() != piece.sha256:
-            raise Damaged(f"{where} is damaged: its bytes do not match the manifest's sha256")
-        file.checked.add(piece.dataset)
+            for target, out, common in shared:
+                if common:
+                    out[target.locate(common)] = data[box.locate(common)]
+                    filled += common.size
+        if not is_checked and digest.hexdigest() != piece.sha256:
+            raise Damaged(
+                f"{stored.where} is damaged: its bytes do not match the manifest's sha256"
+            )
+        checked.add(piece.dataset)
         return filled
 
-    def _open(self, number: int) -> _OpenFile:
+    def _open(self, number: int) -> Hdf5File:
         """The open file of this number; the one that was longest unused may be closed for it."""
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
         while len(self._files) >= _OPEN_FILES:
-            self._files.popitem(last=False)[1].handle.close()
-        file = self.manifest.files[number]
-        self._files[number] = _OpenFile(_open(self.path / file.name, file))
-        return self._files[number]
+            self._files.popitem(last=False)[1].close()
+        listed = self.manifest.files[number]
+        file = self._files[number] = Hdf5File(self.path / listed.name, listed.bytes)
+        like = file.status.st_dev, file.status.st_ino, file.status.st_size, file.status.st_mtime_ns
+        if self._checked.get(number, ((), set()))[0] != like:
+            self._checked[number] = like, set()
+        return file
 
 
 def _boxes(shard: Shard, start: int, stop: int) -> Iterator[tuple[Shard, int]]:
@@ -242,48 +261,3 @@ def _blocks(shard: Shard, start: int, stop: int) -> Iterator[tuple[Shard, int]]:
         for box, at in _boxes(shard, low, high):
             yield box, low - start + at
         low = high
-
-
-def _open(path: Path, file: File) -> h5py.File:
-    """The one place that opens a checkpoint's HDF5 file. Raises Damaged for anything suspicious."""
-    size = file_size(path)
-    if size != file.bytes:
-        raise Damaged(f"{path} is damaged: {size} bytes, expected {file.bytes}")
-    try:
-        handle = h5py.File(path, "r", driver="sec2", locking="best-effort")
-    except _HDF5_ERRORS as error:
-        raise Damaged(f"{path} is not readable HDF5: {' '.join(str(error).split())}") from None
-    if not os.path.samestat(os.fstat(handle.id.get_vfd_handle()), path.lstat()):
-        handle.close()
-        raise Damaged(f"{path} was replaced while it was opened")
-    return handle
-
-
-def _find(file: h5py.File, piece: Piece, dtype: np.dtype[Any], where: str) -> h5py.Dataset:
-    """The one place that finds a piece's dataset. Raises Damaged for anything suspicious."""
-    node = file
-    for name in piece.dataset.split("/"):
-        if not isinstance(node, h5py.Group):
-            raise Damaged(f"{where}: '{node.name}' is not a group")
-        link = node.get(name, getlink=True)
-        if link is None:
-            raise Damaged(f"{where}: there is no '{name}'")
-        if not isinstance(link, h5py.HardLink):
-            raise Damaged(
-                f"{where}: '{name}' is a link to another place; only hard links are followed"
-            )
-        node = node[name]
-    if not isinstance(node, h5py.Dataset):
-        raise Damaged(f"{where}: it is not a dataset")
-    settings = node.id.get_create_plist()
-    if settings.get_layout() == h5py.h5d.VIRTUAL:
-        raise Damaged(f"{where}: it is a virtual dataset")
-    if settings.get_external_count():
-        raise Damaged(f"{where}: it keeps its elements in another file")
-    if settings.get_layout() != h5py.h5d.CONTIGUOUS or settings.get_nfilters():
-        raise Damaged(f"{where}: it is chunked, compact or filtered, not contiguous")
-    if node.shape != piece.stored_shape:
-        raise Damaged(f"{where}: it has shape {node.shape}, expected {piece.stored_shape}")
-    if not node.id.get_type().equal(h5py.h5t.py_create(dtype)):
-        raise Damaged(f"{where}: it has elements of type {node.dtype}, expected {dtype.name}")
-    return node

@@ -1,17 +1,12 @@
-"""Saving: every rank writes its own file, then rank 0 commits them all.
-
-One HDF5 file a rank and no parallel HDF5: nothing is collective but two gathers and three small
-broadcasts. `commit.py` holds the protocol on disk, `docs/checkpoint-format.md` the format.
-"""
+"""What the writers of a checkpoint report, and the manifest that is made of it."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, Protocol
 
 import h5py
@@ -19,13 +14,21 @@ import msgspec
 import numpy as np
 
 from mpillm import __version__
-from mpillm.checkpoint.commit import commit, discard, prepare, retire, temporary_folder
-from mpillm.checkpoint.files import latest, list_checkpoints, step_name
+from mpillm.checkpoint.files import latest, list_checkpoints
 from mpillm.checkpoint.manifest import Array, File, Manifest, Piece
-from mpillm.checkpoint.shard_file import Item, Part, write_shard
+from mpillm.checkpoint.shard_file import Item, Part
 from mpillm.errors import UserError
 
-__all__ = ["Item", "World", "latest", "list_checkpoints", "save"]
+__all__ = [
+    "Facts",
+    "Item",
+    "Report",
+    "World",
+    "latest",
+    "list_checkpoints",
+    "manifest_of",
+    "reason",
+]
 
 
 class World(Protocol):
@@ -35,15 +38,27 @@ class World(Protocol):
     def rank(self) -> int:
         """This rank."""
 
-    def gather_objects(self, value: Any, /) -> list[Any] | None:
+    def gather_objects(self, item: Any, /) -> list[Any] | None:
         """The values of all ranks by rank, on rank 0; None elsewhere."""
 
-    def broadcast_object(self, value: Any, /) -> Any:
+    def broadcast_object(self, item: Any, /) -> Any:
         """Rank 0's value on every rank."""
 
 
 @dataclass(frozen=True)
-class _Report:
+class Facts:
+    """What a checkpoint says beside its arrays; the members of `Manifest` of these names."""
+
+    step: int
+    samples: int
+    layout: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    state: Mapping[str, Any]
+    extra: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
     """What a rank tells rank 0 after writing. `file` is None when it had nothing to write."""
 
     error: str | None = None
@@ -51,89 +66,36 @@ class _Report:
     parts: tuple[Part, ...] = ()
 
 
-def save(
-    folder: Path,
-    step: int,
-    items: Sequence[Item],
-    world: World,
-    *,
-    samples: int,
-    layout: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    keep: int,
-    extra: Mapping[str, str] | None = None,
-) -> Path:
-    """Write and commit the checkpoint of a step; collective. Returns its folder.
+def manifest_of(facts: Facts, reports: Sequence[Report]) -> Manifest:
+    """The manifest of what all writers have written.
 
-    folder: where a run's checkpoints lie, on a file system that every rank sees. items: what this
-    rank writes, none for a rank that writes nothing. samples: consumed since the start of the run.
-    extra: sha256 of other files that the run depends on, by name. Afterwards only the `keep` newest
-    checkpoints up to this step remain. A checkpoint of the same step is replaced.
-
-    A disk that is full or read-only, on any rank, raises UserError on every rank and leaves the
-    checkpoints that were there. Items that do not tile their arrays raise ValueError on every rank.
+    Raises UserError when one of them has failed, ValueError when the parts do not tile the arrays.
     """
-    sizes = world.gather_objects(sum(item.array.nbytes for item in items))
-    task = f"write the checkpoint of step {step}"
-    _on_root(world, folder, task, lambda: prepare(folder, step, sum(sizes or ())))
-    temporary = temporary_folder(folder, step)
-    reports = world.gather_objects(_write(temporary, world.rank, items))
-
-    def finish() -> None:
-        manifest = Manifest(
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            step=step,
-            samples=samples,
-            layout=dict(layout),
-            settings=dict(settings),
-            versions=_versions(),
-            extra=dict(extra or {}),
-            files=tuple(report.file for report in reports or () if report.file),
-            arrays=_assemble(reports or ()),
-        )
-        commit(folder, manifest)
-
-    try:
-        _on_root(world, folder, task, finish)
-    except (UserError, ValueError):
-        if world.rank == 0:
-            discard(temporary)
-        raise
-    _on_root(world, folder, "remove old checkpoints", lambda: retire(folder, step, keep))
-    return folder / step_name(step)
-
-
-def _on_root(world: World, folder: Path, task: str, work: Callable[[], None]) -> None:
-    """Do work on rank 0 and raise on every rank what it raises there."""
-    error: Exception | None = None
-    if world.rank == 0:
-        try:
-            work()
-        except (OSError, UserError) as cause:
-            last = latest(folder)
-            remains = f"{last.name} is the last complete one" if last else "none is complete"
-            error = UserError(f"cannot {task} in {folder}: {_reason(cause)}; {remains}")
-        except ValueError as cause:
-            error = cause
-    error = world.broadcast_object(error)
-    if error is not None:
-        raise error
-
-
-def _write(temporary: Path, rank: int, items: Sequence[Item]) -> _Report:
-    """Write this rank's file; a failure of the file system becomes a report, not an exception."""
-    path = temporary / f"shard-{rank:05d}.h5"
-    try:
-        return _Report(None, *write_shard(path, items))
-    except OSError as error:
-        return _Report(f"{path.name} on rank {rank}: {_reason(error)}")
-
-
-def _assemble(reports: Sequence[_Report]) -> tuple[Array, ...]:
-    """All ranks' parts as arrays, in the order in which they were first named."""
     for report in reports:
         if report.error:
             raise UserError(report.error)
+    return Manifest(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        step=facts.step,
+        samples=facts.samples,
+        layout=dict(facts.layout),
+        settings=dict(facts.settings),
+        state=dict(facts.state),
+        versions={
+            "mpillm": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "h5py": h5py.__version__,
+            "hdf5": h5py.version.hdf5_version,
+        },
+        extra=dict(facts.extra),
+        files=tuple(report.file for report in reports if report.file),
+        arrays=_assemble(reports),
+    )
+
+
+def _assemble(reports: Sequence[Report]) -> tuple[Array, ...]:
+    """All parts as arrays, in the order in which they were first named."""
     found: dict[tuple[str, str], tuple[str, tuple[int, ...], list[Piece]]] = {}
     number = 0
     for report in reports:
@@ -158,18 +120,15 @@ def _assemble(reports: Sequence[_Report]) -> tuple[Array, ...]:
     return arrays
 
 
-def _reason(error: OSError | UserError) -> str:
+def reason(error: OSError | UserError) -> str:
     """What went wrong, in one line; the system's words where there are any."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return " ".join(str(error).split())
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "mpillm": __version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "h5py": h5py.__version__,
-        "hdf5": h5py.version.hdf5_version,
-    }
+def save(folder: Any, step: int, items: Any, world: Any, *, keep: int, **facts: Any) -> Any:
+    from mpillm.checkpoint.saver import Saver  # until the loop uses it
+    from mpillm.checkpoint.settings import CheckpointSettings
+
+    return Saver(folder, world, world, CheckpointSettings(keep=keep)).save(step, items, **facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpillm.checkpoint.files import file_size, hash_file, latest, list_checkpoints, step_of
+from mpillm.checkpoint.files import latest, list_checkpoints, step_of
 from mpillm.checkpoint.manifest import (
     DTYPES,
     MANIFEST,
@@ -14,7 +14,9 @@ from mpillm.checkpoint.manifest import (
     read_manifest,
 )
 from mpillm.checkpoint.reader import Checkpoint
+from mpillm.checkpoint.tables import human, table
 from mpillm.errors import UserError, did_you_mean
+from mpillm.storage.disk import file_size, hash_file
 
 __all__ = ["inspect", "resolve", "verify"]
 
@@ -123,8 +125,8 @@ def inspect(path: Path) -> str:
         arrays = [array for array in manifest.arrays if kind in (array.kind, "all")]
         elements, size = sum(a.size for a in arrays), sum(_bytes(a) for a in arrays)
         pieces = sum(len(a.pieces) for a in arrays)
-        rows.append((kind, f"{len(arrays):,}", f"{elements:,}", _human(size), f"{pieces:,}"))
-    lines += ["", *_table(rows)]
+        rows.append((kind, f"{len(arrays):,}", f"{elements:,}", human(size), f"{pieces:,}"))
+    lines += ["", *table(rows)]
     rows = [("parameter", "shape", "type", "elements", "pieces")]
     for array in manifest.arrays:
         if array.kind == "parameter":
@@ -132,7 +134,7 @@ def inspect(path: Path) -> str:
             rows.append(
                 (array.name, shape, array.dtype, f"{array.size:,}", f"{len(array.pieces):,}")
             )
-    return "\n".join([*lines, "", *_table(rows)])
+    return "\n".join([*lines, "", *table(rows)])
 
 
 def _facts(path: Path, manifest: Manifest) -> list[str]:
@@ -146,35 +148,10 @@ def _facts(path: Path, manifest: Manifest) -> list[str]:
         "layout": ", ".join(f"{axis} {size}" for axis, size in manifest.layout.items()),
         "versions": ", ".join(f"{name} {text}" for name, text in manifest.versions.items()),
         "depends on": ", ".join(f"{name} ({text[:12]})" for name, text in manifest.extra.items()),
-        "files": f"{len(manifest.files):,}, {_human(total)}",
+        "files": f"{len(manifest.files):,}, {human(total)}",
     }
     return [f"{name:<12}{text}" for name, text in facts.items() if text]
 
 
 def _bytes(array: Array) -> int:
     return int(array.size * DTYPES[array.dtype].itemsize)
-
-
-def _human(count: float) -> str:
-    """A number of bytes for people.
-
-    >>> _human(1536)
-    '1.5 KiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows with their columns under each other: the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -8,13 +8,14 @@ from pathlib import Path
 import mpillm
 from mpillm.cli.parser import Parser
 from mpillm.config import describe
+from mpillm.errors import EXIT_REQUEUE
 from mpillm.training.settings import RunConfig
 
 __all__ = ["run"]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """`mpillm train CONFIG.toml [--section.key=value ...] [--fresh]`."""
+    """`mpillm train CONFIG.toml [--section.key=value ...] [--fresh]`; 85 when stopped and saved."""
     parser = Parser(
         "train",
         __doc__,
@@ -27,5 +28,5 @@ def run(arguments: Sequence[str]) -> int:
         "--fresh", action="store_true", help="start over even where the run has checkpoints"
     )
     options, overrides = parser.parse_with_settings(arguments, RunConfig)
-    mpillm.train(options.config, overrides=overrides, fresh=options.fresh)
-    return 0
+    result = mpillm.train(options.config, overrides=overrides, fresh=options.fresh)
+    return EXIT_REQUEUE if result.stopped else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mpillm.data.settings import DataSettings
 from mpillm.data.tokenizer import CharacterTokenizer, load_tokenizer
 from mpillm.data.tokens import TokenFile, write_tokens
 from mpillm.errors import UserError
+from mpillm.storage.disk import file_size, hash_file
 
 __all__ = ["PreparedData", "prepare"]
 
@@ -47,11 +49,8 @@ def prepare(
     fingerprint = _fingerprint(settings, corpus.text)
     if _is_current(prepared, fingerprint):
         return prepared
-    if not replace and prepared.tokens.exists():
-        raise UserError(
-            f"data: not the text or the settings that {prepared.tokens} was made from and the run"
-            " has learned from; set them back, or start anew with --fresh or another run.dir"
-        )
+    if not replace and prepared.tokens.exists() and not _holds(prepared.tokens, fingerprint):
+        raise UserError(_why_not(prepared.tokens))
     tokenizer = CharacterTokenizer.train(corpus.text)
     ids = tokenizer.encode(corpus.text)
     cut = int(len(ids) * (1 - settings.validation))
@@ -64,7 +63,7 @@ def prepare(
         {
             "source": corpus.name,
             "fingerprint": fingerprint,
-            "tokenizer_sha256": _file_sha256(prepared.tokenizer),
+            "tokenizer_sha256": hash_file(prepared.tokenizer),
         },
     )
     return prepared
@@ -102,8 +101,30 @@ def _is_current(prepared: PreparedData, fingerprint: str) -> bool:
         return False
     return tokens.attributes.get("fingerprint") == fingerprint and tokens.attributes.get(
         "tokenizer_sha256"
-    ) == _file_sha256(prepared.tokenizer)
+    ) == hash_file(prepared.tokenizer)
 
 
-def _file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _holds(path: Path, fingerprint: str) -> bool:
+    """Whether a file that cannot be read, or no longer, was made from what the fingerprint says.
+
+    It stands in every token file as it is, also in those of format version 1.
+    """
+    if not file_size(path):
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(fingerprint.encode()) >= 0
+
+
+def _why_not(path: Path) -> str:
+    """Why a token file that a run has learned from is not made anew."""
+    try:
+        TokenFile(path).verify()
+    except UserError as error:
+        return (
+            f"{error}; it no longer says what it was made from; if the text and the settings are"
+            " still the same, move it away, and it is made anew"
+        )
+    return (
+        f"data: not the text or the settings that {path} was made from and the run has learned"
+        " from; set them back, or start anew with --fresh or another run.dir"
+    )

@@ -8,14 +8,17 @@ and an entry in `_KINDS`.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mpillm.data.files import missing_file, write_atomically
+from mpillm.data.files import missing_file
 from mpillm.errors import UserError, did_you_mean
+from mpillm.storage.disk import write_atomically
+from mpillm.storage.strict_json import read_json
 
 __all__ = ["CharacterTokenizer", "Tokenizer", "load_tokenizer", "token_dtype"]
 
@@ -115,7 +118,7 @@ class CharacterTokenizer:
         if not isinstance(characters, str) or not characters:
             raise UserError(f"{path}: 'characters' is missing or not a string of characters")
         if len(set(characters)) != len(characters):
-            twice = next(c for i, c in enumerate(characters) if c in characters[:i])
+            twice = next(c for c, after in pairwise(sorted(characters)) if c == after)
             raise UserError(f"{path}: 'characters' holds {twice!r} more than once")
         return cls(characters)
 
@@ -135,22 +138,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def _read_document(path: Path, kinds: list[str]) -> dict[str, Any]:
     """The checked outer part of a tokenizer file."""
-    if not path.is_file():
+    if not path.exists():
         raise missing_file("tokenizer", path)
-    if path.stat().st_size > _MAX_BYTES:
-        raise UserError(f"{path}: is larger than any tokenizer ({_MAX_BYTES >> 20} MiB)")
-    try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON: {error}") from error
+    document = read_json(path, _MAX_BYTES)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise UserError(f"{path}: is not a tokenizer (its 'format' is not '{_FORMAT}')")
     if document.get("version") != _VERSION:
         raise UserError(
-            f"{path}: tokenizer version {document.get('version')!r}; this mpillm reads {_VERSION}"
+            f"{path}: tokenizer version {repr(document.get('version'))[:20]}; this mpillm reads"
+            f" {_VERSION}"
         )
     if document.get("kind") not in kinds:
-        kind = str(document.get("kind"))
+        kind = str(document.get("kind"))[:50]
         raise UserError(f"{path}: no tokenizer kind {kind!r}; {did_you_mean(kind, kinds)}")
     return document
 

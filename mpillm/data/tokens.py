@@ -1,11 +1,10 @@
 """Token files: the ids of a text's splits in HDF5.
 
-Format version 1. The root has the attributes `format`, `version`, `vocabulary_size` and the
-caller's own; each split is a one-dimensional dataset of little-endian uint16 or uint32 in chunks,
-without filters, with the attribute `sha256` of its bytes. Attributes are numbers and strings of
-fixed length. HDF5 notices little of its own damage, hence the hash; a file may point elsewhere
-(links, virtual datasets, external storage) and libhdf5 may loop for ever over a damaged heap of
-variable-length strings, hence the guard.
+Format version 2. The root has the attributes `format`, `version`, `vocabulary_size` and the
+caller's own; each split is a one-dimensional dataset of little-endian uint16 or uint32 in one
+contiguous run, with the attribute `sha256` of its bytes. Attributes are numbers and strings of
+fixed length. The metadata carry HDF5's checksums, the elements none, hence the hash. Files are read
+by `storage.hdf5`; those of version 1, which had no checksums and another structure, are made anew.
 """
 
 from __future__ import annotations
@@ -19,16 +18,18 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mpillm.data.files import missing_file, write_atomically
+from mpillm.data.files import missing_file
 from mpillm.data.tokenizer import Tokens, token_dtype
 from mpillm.errors import UserError, did_you_mean
+from mpillm.storage.disk import Damaged, open_file, write_atomically
+from mpillm.storage.hdf5 import FORMAT, Hdf5File
 
 __all__ = ["TokenFile", "write_tokens"]
 
 _FORMAT = "mpillm-tokens"
-_VERSION = 1
+_VERSION = 2
 _RESERVED = {"format", "version", "vocabulary_size"}
-_CHUNK = 1 << 16  # tokens
+_MOST_ATTRIBUTES = 8  # of one object, as HDF5 keeps them together with it
 _TYPES = (np.dtype("<u2"), np.dtype("<u4"))
 
 
@@ -41,7 +42,7 @@ def write_tokens(
     """Write a token file, whole or not at all.
 
     splits: name to ids (n,) in range(vocabulary_size). attributes: further facts for the root.
-    Raises ValueError for ids out of range, another rank, or a reserved attribute.
+    Raises ValueError for ids out of range, another rank, a reserved attribute, or more than five.
     """
     dtype = token_dtype(vocabulary_size)
     for name, ids in splits.items():
@@ -49,9 +50,11 @@ def write_tokens(
             raise ValueError(f"split '{name}' is not a list of ids in range({vocabulary_size})")
     if _RESERVED & attributes.keys():
         raise ValueError(f"reserved attributes: {sorted(_RESERVED & attributes.keys())}")
+    if len(_RESERVED) + len(attributes) > _MOST_ATTRIBUTES:
+        raise ValueError(f"{len(attributes)} attributes beside {len(_RESERVED)} reserved ones")
 
     def write(temporary: Path) -> None:
-        with h5py.File(temporary, "w", locking="best-effort") as file:
+        with h5py.File(temporary, "w", libver=FORMAT, locking="best-effort") as file:
             _write_attributes(
                 file,
                 {
@@ -63,8 +66,7 @@ def write_tokens(
             )
             for name, ids in splits.items():
                 data = np.ascontiguousarray(ids, dtype=dtype)
-                chunks = (min(data.size, _CHUNK),) if data.size else None
-                dataset = file.create_dataset(name, data=data, chunks=chunks)
+                dataset = file.create_dataset(name, data=data)
                 _write_attributes(dataset, {"sha256": _sha256(data)})
 
     write_atomically(path, write)
@@ -84,14 +86,17 @@ class TokenFile:
         self.path = path
         self._splits: dict[str, Tokens] = {}
         self._hashes: dict[str, object] = {}
-        if not path.is_file():
+        if not path.exists():
             raise missing_file("tokens", path)
         try:
-            with h5py.File(path, "r", locking="best-effort") as file:
+            with Hdf5File(path) as file:
                 self._read(file)
-        # What h5py has been seen to raise on damaged files, and their kin.
-        except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise self._error(f"is damaged or not HDF5 ({_one_line(error)})") from error
+        except Damaged:
+            if _is_version_1(path):
+                raise self._error(
+                    f"has version 1; this mpillm reads {_VERSION}, and makes it anew when it trains"
+                ) from None
+            raise
 
     def length(self, split: str) -> int:
         """Number of tokens in `split`."""
@@ -116,21 +121,26 @@ class TokenFile:
             raise self._error(f"no split '{name}'; {did_you_mean(name, self._splits)}")
         return self._splits[name]
 
-    def _read(self, file: h5py.File) -> None:
+    def _read(self, file: Hdf5File) -> None:
         """Check everything and read it."""
-        self.attributes = self._attributes(file)
+        self.attributes = file.attributes()
         if self.attributes.get("format") != _FORMAT:
             raise self._error(f"is not a token file (its 'format' is not '{_FORMAT}')")
         version = self.attributes.get("version")
         if version != _VERSION:
-            raise self._error(f"has version {version}; this mpillm reads {_VERSION}")
+            raise self._error(f"has version {version!r}; this mpillm reads {_VERSION}")
         size = self.attributes.get("vocabulary_size")
         if not isinstance(size, int) or size < 1:
             raise self._error("'vocabulary_size' is missing or not a positive integer")
         self.vocabulary_size = size
-        for name in file:
-            dataset = self._guard(file, name)
-            tokens = dataset[()]
+        for name in file.names():
+            stored = file.find(name)
+            if stored.dtype not in _TYPES or len(stored.shape) != 1:
+                raise self._error(
+                    f"'{name}' has type {stored.dtype} and shape {stored.shape}; expected uint16 or"
+                    " uint32 and one axis"
+                )
+            tokens = stored.read()
             if tokens.size and int(tokens.max()) >= self.vocabulary_size:
                 raise self._error(
                     f"split '{name}' holds the id {tokens.max()}, but its vocabulary has"
@@ -138,42 +148,16 @@ class TokenFile:
                 )
             tokens.flags.writeable = False
             self._splits[name] = tokens
-            self._hashes[name] = self._attributes(dataset).get("sha256")
-
-    def _attributes(self, item: h5py.HLObject) -> dict[str, str | int | float]:
-        """The attributes of a group or dataset, each one number or string of fixed length."""
-        found: dict[str, str | int | float] = {}
-        for name in item.attrs:
-            stored = item.attrs.get_id(name)
-            if stored.shape != () or stored.dtype.kind not in "iufS":
-                raise self._error(f"the attribute '{name}' is no number or string of fixed length")
-            value = item.attrs[name]
-            found[name] = value.decode() if isinstance(value, bytes) else value.item()
-        return found
-
-    def _guard(self, file: h5py.File, name: str) -> h5py.Dataset:
-        """The dataset `name` if it lies in this file, as `write_tokens` would have put it there."""
-        link = file.get(name, getlink=True)
-        if not isinstance(link, h5py.HardLink):
-            raise self._error(f"'{name}' is a link, not data")
-        dataset = file[name]
-        if not isinstance(dataset, h5py.Dataset):
-            raise self._error(f"'{name}' is not a dataset")
-        if dataset.is_virtual or dataset.external:
-            raise self._error(f"'{name}' keeps its data in another file")
-        if dataset.dtype not in _TYPES or dataset.ndim != 1:
-            raise self._error(
-                f"'{name}' has type {dataset.dtype} and shape {dataset.shape}; expected uint16 or"
-                " uint32 and one axis"
-            )
-        if dataset.id.get_create_plist().get_nfilters():
-            raise self._error(f"'{name}' is filtered; expected plain chunks")
-        if dataset.id.get_storage_size() < dataset.nbytes:  # the rest would read as zeros
-            raise self._error(f"'{name}' holds fewer bytes than its {dataset.size} tokens")
-        return dataset
+            self._hashes[name] = file.attributes(name).get("sha256")
 
     def _error(self, what: str) -> UserError:
         return UserError(f"{self.path}: {what}")
+
+
+def _is_version_1(path: Path) -> bool:
+    """Whether a file has the structure of HDF5 1.8, as token files of version 1 had."""
+    with open(open_file(path), "rb") as file:
+        return file.read(9) == b"\x89HDF\r\n\x1a\n\0"
 
 
 def _write_attributes(item: h5py.HLObject, values: Mapping[str, str | int | float]) -> None:
@@ -185,7 +169,3 @@ def _write_attributes(item: h5py.HLObject, values: Mapping[str, str | int | floa
 def _sha256(tokens: Tokens) -> str:
     """Hash of the tokens' bytes."""
     return hashlib.sha256(tokens.tobytes()).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -134,12 +134,14 @@ def build_stages(
     recompute: Recomputed = "none",
     gradients: bool = True,
     progress: Progress | None = None,
+    allocate: bool = True,
 ) -> list[Stage]:
     """This rank's stages, by chunk, with their parameters allocated.
 
     seed: of the initial weights; None for weights that are loaded. recompute: what is computed anew
     in the backward pass. gradients: whether there is room for them. progress: drives the gathering
-    of sharded weights.
+    of sharded weights. allocate: else parameters are laid out only, for a plan of a rank that does
+    not run.
     """
     cuts, pipe, stages = model.cuts(mesh.layout), mesh.pipe, []
     pool = Pool(backend)
@@ -158,6 +160,9 @@ def build_stages(
         for unit in model.units[start:stop]:
             layers.append(unit.build(build))
             store.next_layer()
-        store.allocate()
+        if allocate:
+            store.allocate()
+        else:
+            store.lay_out()
         stages.append(Stage(layers, store))
     return stages

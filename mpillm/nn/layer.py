@@ -79,7 +79,8 @@ class Micro:
     context ranks, in the compute dtype. keys: what each context rank holds; empty where there is
     but one. key: the step's random key. want: what the head gives: the summed loss, or logits.
     state: for each attention layer's name its key/value cache, when decoding. gradients: the sink
-    for weight gradients. progress: the calls under way, polled between layers.
+    for weight gradients. progress: the calls under way, polled between layers. watch: is shown each
+    layer of a stage and its outputs.
     """
 
     tokens: Array
@@ -97,6 +98,7 @@ class Micro:
     state: dict[str, Any] | None = None
     gradients: GradientSink = field(default_factory=GradientSink)
     progress: Progress = field(default_factory=Progress)
+    watch: Callable[[Layer, Arrays], None] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -230,10 +230,22 @@ class Arena:
 
     # -- what lies where ---------------------------------------------------------------------------
 
+    def kept(self, *, shared: bool) -> Iterator[tuple[Param, tuple[int, int] | None, slice]]:
+        """What this rank keeps of something that is laid out like the arena, arrays or no arrays.
+
+        (parameter, None, place of its shard), or, where the ranks of `reduce_over[0]` share it out,
+        (parameter, [start, stop) in its flattened shard, place in this rank's part).
+        """
+        if shared:
+            yield from self._ranges(self.part.start, self.part.stop)
+        else:
+            for param, offset in zip(self.params, self.offsets, strict=True):
+                yield param, None, slice(offset, offset + param.shard.size)
+
     def wholes(self, x: Array) -> Iterator[tuple[Param, None, Array]]:
         """(parameter, None, view of its shard's shape) of all of `x`, laid out like `value`."""
-        for param, offset in zip(self.params, self.offsets, strict=True):
-            yield param, None, _shaped(x[offset : offset + param.shard.size], param)
+        for param, _, place in self.kept(shared=False):
+            yield param, None, _shaped(x[place], param)
 
     def pieces(
         self, x: Array, *, whole: bool = False
@@ -242,12 +254,17 @@ class Arena:
 
         x: laid out like this rank's part; with `whole`, like all of the arena.
         """
-        low, high = (0, self.size) if whole else (self.part.start, self.part.stop)
+        bounds = (0, self.size) if whole else (self.part.start, self.part.stop)
+        for param, part, place in self._ranges(*bounds):
+            yield param, part, x[place]
+
+    def _ranges(self, low: int, high: int) -> Iterator[tuple[Param, tuple[int, int], slice]]:
+        """(parameter, [start, stop) in its flattened shard, place after `low`) in [low, high)."""
         for param, offset in zip(self.params, self.offsets, strict=True):
             start = max(low, offset)
             stop = min(high, offset + param.shard.size)
             if start < stop:
-                yield param, (start - offset, stop - offset), x[start - low : stop - low]
+                yield param, (start - offset, stop - offset), slice(start - low, stop - low)
 
     def spans(self) -> list[tuple[int, int, bool]]:
         """(start, stop, decay) of the runs of this rank's part that agree about weight decay."""

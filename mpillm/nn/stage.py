@@ -27,6 +27,8 @@ class Stage:
         for number, layer in enumerate(self.layers):
             self.store.acquire(number, number + 1)
             inputs, kept = layer.forward(inputs, micro)
+            if micro.watch is not None:
+                micro.watch(layer, inputs)
             self.store.release(number)
             saved.append(kept)
             micro.progress.poll()

@@ -2,7 +2,7 @@
 
 A layer asks its stage's `ParamStore` for each parameter's shard at construction; when all layers of
 the stage are built, `allocate` lays the parameters out in arenas and computes the initial values of
-what this rank owns.
+what this rank owns. `lay_out` alone is for a plan of what a rank that does not run would hold.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ParamStore:
         self._seed = seed
         self._zero = zero
         self._progress = progress or Progress()
-        self._uses: list[Param] = []
+        self._uses: dict[str, list[Param]] = {}  # by name, in order of registration
         self._layer = 0
         self._sharded: list[list[Arena]] = []  # of every layer, the arenas to gather
 
@@ -80,24 +80,21 @@ class ParamStore:
         A tied parameter is added once by each layer that uses it, with `tied_use` 0, 1, ... in the
         order of the layers in the model; every other name may be added only once.
         """
-        uses = [param for param in self._uses if param.name == name]
+        uses = self._uses.setdefault(name, [])
         if uses and (tied_use is None or uses[0].shard != shard or not uses[0].tied):
             raise ValueError(f"parameter {name} is there already")
         tied, use = tied_use is not None, tied_use or 0
         param = Param(name, shard, init, reduce_over, decay, owner, tied, self._layer, use)
-        self._uses.append(param)
+        uses.append(param)
         return param
 
     @property
     def params(self) -> list[Param]:
         """Each distinct parameter once, in order of registration."""
-        first: dict[str, Param] = {}
-        for param in self._uses:
-            first.setdefault(param.name, param)
-        return list(first.values())
+        return [uses[0] for uses in self._uses.values()]
 
-    def allocate(self) -> None:
-        """Lay out the arenas, bind all views, and fill in the initial values."""
+    def lay_out(self) -> None:
+        """Put every parameter into its arena; no array is made and no initial value computed."""
         groups: dict[tuple[tuple[str, ...], int | None], list[Param]] = {}
         for param in self.params:
             axes = tuple(group.axis for group in param.reduce_over)
@@ -107,6 +104,14 @@ class ParamStore:
             [arena for arena in self.arenas if layer in arena.layers and arena.zero == 3]
             for layer in range(self._layer + 1)
         ]
+
+    def allocate(self) -> None:
+        """Lay out the arenas, make their arrays, bind all views, and fill in initial values."""
+        self.lay_out()
+        for arena in self.arenas:
+            arena.allocate(self._backend, self.dtype, self._gradients)
+            if self._seed is not None:
+                self._fill(arena, self._seed)
 
     def weights(self) -> Iterator[tuple[Param, tuple[int, int] | None, Array]]:
         """What this rank keeps of every parameter: (parameter, range, view).
@@ -148,10 +153,7 @@ class ParamStore:
         for param in params:
             offsets.append(size)
             size += -(-param.shard.size // _ALIGN) * _ALIGN
-        uses = [
-            sorted((use for use in self._uses if use.name == param.name), key=lambda use: use.use)
-            for param in params
-        ]
+        uses = [sorted(self._uses[param.name], key=lambda use: use.use) for param in params]
         if len({len(same) for same in uses}) > 1:
             raise ValueError(f"tied parameters of different uses: {[p.name for p in params]}")
         replicas = params[0].reduce_over[0]
@@ -168,14 +170,15 @@ class ParamStore:
         for same in uses:
             for use in same:
                 use.arena = arena
-        arena.allocate(self._backend, self.dtype, self._gradients)
-        if self._seed is not None:
-            kept = (
-                arena.pieces(arena.master) if zero == 3 else arena.pieces(arena.value, whole=True)
-            )
-            for param, (start, stop), flat in kept:
-                self._initialize(param, start, stop, flat, fold(self._seed, "init", param.name))
         return arena
+
+    def _fill(self, arena: Arena, seed: int) -> None:
+        """Write the initial values of what this rank owns of an arena."""
+        whole = arena.zero < 3
+        for param, (start, stop), flat in arena.pieces(
+            arena.value if whole else arena.master, whole=whole
+        ):
+            self._initialize(param, start, stop, flat, fold(seed, "init", param.name))
 
     def _initialize(self, param: Param, start: int, stop: int, flat: Array, key: int) -> None:
         """Write the initial values of [start, stop) of `param`'s flattened shard to `flat`."""

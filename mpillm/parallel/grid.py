@@ -10,9 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
+from mpillm.errors import UserError
+from mpillm.parallel.schedules import SCHEDULES
 from mpillm.parallel.settings import ParallelSettings
 
-__all__ = ["AXES", "GROUPS", "Grid"]
+__all__ = ["AXES", "GROUPS", "Grid", "fit"]
 
 AXES = ("pipe", "data", "expert", "context", "tensor")
 
@@ -27,6 +31,55 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "tied": ("pipe",),
 }
 """Names of the groups; what each is for, `Mesh` tells. `tied` has only the ends of its line."""
+
+
+def fit(settings: ParallelSettings, ranks: int) -> ParallelSettings:
+    """The layout with `data = 0` replaced by what the ranks allow; UserError when it cannot fit."""
+    others = settings.tensor * settings.pipe * settings.context * settings.expert
+    named = f"tensor {settings.tensor} x pipe {settings.pipe}" + "".join(
+        f" x {axis} {getattr(settings, axis)}"
+        for axis in ("context", "expert")
+        if getattr(settings, axis) > 1
+    )
+    _check_settings(settings)
+    if settings.data == 0:
+        if ranks % others:
+            raise UserError(
+                f"parallel: {named} = {others} does not divide {ranks} "
+                f"{'rank' if ranks == 1 else 'ranks'}; start a multiple of {others} ranks "
+                f"(mpirun -n {others})"
+            )
+        return replace(settings, data=ranks // others)
+    product = settings.data * others
+    if product != ranks:
+        raise UserError(
+            f"parallel: data {settings.data} x {named} = {product} does not fit "
+            f"{ranks} {'rank' if ranks == 1 else 'ranks'}; start {product} (mpirun -n {product}) "
+            "or change the layout"
+        )
+    return settings
+
+
+def _check_settings(settings: ParallelSettings) -> None:
+    """UserError for settings that mean nothing together."""
+    s = settings
+    if s.sequence and s.tensor == 1:
+        raise UserError(
+            "parallel.sequence = true shares out tokens over the tensor ranks, and parallel.tensor "
+            "is 1; set parallel.tensor >= 2, or parallel.sequence = false"
+        )
+    if s.chunks > 1 and s.pipe == 1:
+        raise UserError(
+            f"parallel.chunks = {s.chunks}: several stages a rank shorten the wait of a pipeline, "
+            "and parallel.pipe is 1; set parallel.pipe >= 2, or parallel.chunks = 1"
+        )
+    SCHEDULES[s.schedule](s.pipe, 1, s.chunks)  # one that takes other numbers of chunks says so
+    stages = s.pipe * s.chunks
+    if s.boundaries and len(s.boundaries) != stages - 1:
+        raise UserError(
+            f"parallel.boundaries = {list(s.boundaries)} makes {len(s.boundaries) + 1} stages, and "
+            f"pipe {s.pipe} x chunks {s.chunks} = {stages}; give {stages - 1} of them, or none"
+        )
 
 
 class Grid:
@@ -60,6 +113,22 @@ class Grid:
                 return (rank,)
             return tuple(self.rank({**place, "pipe": end}) for end in sorted(ends))
         return tuple(self.rank(other) for other in self._along(place, GROUPS[group]))
+
+    def position(self, group: str, rank: int) -> tuple[int, int]:
+        """A world rank's own rank in the group of this name, and the group's size.
+
+        As `members` has it, without a list of them: of a layout of ten thousand ranks a plan asks
+        for every rank's groups.
+        """
+        place, index, size = self.place(rank), 0, 1
+        if group == "tied":
+            last = self.sizes["pipe"] - 1
+            ends = place["pipe"] in (0, last) and last > 0
+            return (int(place["pipe"] == last), 2) if ends else (0, 1)
+        for axis in GROUPS[group]:
+            index = index * self.sizes[axis] + place[axis]
+            size *= self.sizes[axis]
+        return index, size
 
     def _along(self, place: dict[str, int], axes: tuple[str, ...]) -> Iterable[dict[str, int]]:
         """The places that differ from `place` along these axes only, the last one fastest."""

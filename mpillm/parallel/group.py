@@ -21,7 +21,7 @@ from mpi4py import MPI
 
 from mpillm.array.backend import Array, Backend
 from mpillm.parallel.buffers import cut, is_half, offsets, pack, runs, unpack
-from mpillm.parallel.recorder import Recorder
+from mpillm.parallel.recorder import Entry, Recorder
 from mpillm.parallel.request import Request, Steps
 from mpillm.parallel.shard import split_range
 
@@ -87,12 +87,12 @@ class Group:
 
     def allreduce(self, x: Array, op: Op = "sum") -> Array:
         """Sum (or maximum, minimum) over the ranks, in place of `x`, any shape. Returns `x`."""
-        self._run(self._allreduce(x, op, wait=True))
+        self._run("allreduce", x.nbytes, self._allreduce(x, op, wait=True))
         return x
 
     def iallreduce(self, x: Array, op: Op = "sum") -> Request:
         """`allreduce` under way; `x` must be left alone until it is complete."""
-        return Request(self._allreduce(x, op, wait=False), self._under_way)
+        return self._start("allreduce", x.nbytes, self._allreduce(x, op, wait=False))
 
     def reduce_scatter(self, x: Array, out: Array, counts: Sequence[int] | None = None) -> Array:
         """This rank's slice of the sum over the ranks of the flat array `x`, written to `out`.
@@ -100,46 +100,49 @@ class Group:
         Rank r gets the next `counts[r]` elements; by default its share by `split_range(x.size,
         ...)`. `x` is left as it was, unless `out` is a part of it.
         """
-        self._run(self._reduce_scatter(x, out, counts, wait=True))
+        self._run("reduce_scatter", x.nbytes, self._reduce_scatter(x, out, counts, wait=True))
         return out
 
     def ireduce_scatter(self, x: Array, out: Array, counts: Sequence[int] | None = None) -> Request:
         """`reduce_scatter` under way."""
-        return Request(self._reduce_scatter(x, out, counts, wait=False), self._under_way)
+        steps = self._reduce_scatter(x, out, counts, wait=False)
+        return self._start("reduce_scatter", x.nbytes, steps)
 
     def allgather(self, part: Array, out: Array, counts: Sequence[int] | None = None) -> Array:
         """The ranks' flat parts one after another in the flat array `out`.
 
         Rank r gives `counts[r]` elements; by default its share by `split_range(out.size, ...)`.
         """
-        self._run(self._allgather(part, out, counts, wait=True))
+        self._run("allgather", out.nbytes, self._allgather(part, out, counts, wait=True))
         return out
 
     def iallgather(self, part: Array, out: Array, counts: Sequence[int] | None = None) -> Request:
         """`allgather` under way."""
-        return Request(self._allgather(part, out, counts, wait=False), self._under_way)
+        steps = self._allgather(part, out, counts, wait=False)
+        return self._start("allgather", out.nbytes, steps)
 
     def alltoall(
         self, x: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]
     ) -> Array:
         """Send `counts[r]` elements of the flat array `x` to rank r, receive `out_counts[r]`."""
-        self._run(self._alltoall(x, counts, out, out_counts, wait=True))
+        self._run("alltoall", x.nbytes, self._alltoall(x, counts, out, out_counts, wait=True))
         return out
 
     def ialltoall(
         self, x: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]
     ) -> Request:
         """`alltoall` under way."""
-        return Request(self._alltoall(x, counts, out, out_counts, wait=False), self._under_way)
+        steps = self._alltoall(x, counts, out, out_counts, wait=False)
+        return self._start("alltoall", x.nbytes, steps)
 
     def broadcast(self, x: Array, root: int = 0) -> Array:
         """The root's `x` on all ranks, in place."""
-        self._run(self._broadcast(x, root, wait=True))
+        self._run("broadcast", x.nbytes, self._broadcast(x, root, wait=True), root)
         return x
 
     def ibroadcast(self, x: Array, root: int = 0) -> Request:
         """`broadcast` under way."""
-        return Request(self._broadcast(x, root, wait=False), self._under_way)
+        return self._start("broadcast", x.nbytes, self._broadcast(x, root, wait=False), root)
 
     def barrier(self) -> None:
         """Wait until every rank of the group has come here."""
@@ -159,11 +162,11 @@ class Group:
 
     def isend(self, x: Array, peer: int, tag: int = 0) -> Request:
         """`send` under way; `x` must be left alone until it is complete."""
-        return Request(self._message("send", x, peer, tag), deque())
+        return self._post("send", x, peer, tag)
 
     def irecv(self, x: Array, peer: int, tag: int = 0) -> Request:
         """`recv` under way."""
-        return Request(self._message("recv", x, peer, tag), deque())
+        return self._post("recv", x, peer, tag)
 
     # -- objects, for setting up -------------------------------------------------------------------
 
@@ -188,16 +191,35 @@ class Group:
         if self._under_way:
             self._under_way[-1].wait()
 
-    def _run(self, steps: Steps) -> None:
-        """Run a call whose steps all block."""
+    def _run(self, op: str, nbytes: int, steps: Steps, root: int = 0) -> None:
+        """Run a collective whose steps all block."""
         self._finish()
+        entry = self._note(op, nbytes, root, wait=True)
         for _ in steps:
             pass
+        if entry is not None:
+            self._recorder.end(entry)
+
+    def _start(self, op: str, nbytes: int, steps: Steps, root: int = 0) -> Request:
+        """A collective under way. It counts as made from now on, though others may come first."""
+        entry = self._note(op, nbytes, root, wait=False)
+        return Request(steps, self._under_way, self._recorder, entry)
+
+    def _note(self, op: str, nbytes: int, root: int, wait: bool) -> Entry | None:
+        """Record a collective; None where nobody else takes part."""
+        if self.size == 1:
+            return None
+        return self._recorder.begin(self.axis, op, nbytes, tag=root, wait=wait)
+
+    def _post(self, what: Literal["send", "recv"], x: Array, peer: int, tag: int) -> Request:
+        """A message under way."""
+        entry = self._recorder.begin(self.axis, what, x.nbytes, peer, tag)
+        return Request(self._message(what, x, peer, tag), deque(), self._recorder, entry)
 
     def _recorded(self, op: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """A blocking call that carries no array."""
         self._finish()
-        entry = self._recorder.begin(self.axis, op, 0)
+        entry = self._recorder.begin(self.axis, op, 0, wait=True)
         result = call(*arguments)
         self._recorder.end(entry)
         return result
@@ -308,7 +330,6 @@ class Group:
     def _allreduce(self, x: Array, op: Op, wait: bool) -> Steps:
         if self.size == 1 or x.size == 0:
             return
-        entry = self._recorder.begin(self.axis, "allreduce", x.nbytes)
         host = self._to_host(x)
         if op == "sum" and self._reduction == "ordered":
             yield from self._ordered_sum(host, wait)
@@ -319,7 +340,6 @@ class Group:
         else:
             yield from self._library(host, op, wait)
         self._put_back(host, x)
-        self._recorder.end(entry)
 
     def _library(self, host: np.ndarray, op: Op, wait: bool) -> Steps:
         calls = (
@@ -359,7 +379,6 @@ class Group:
             if not (self._backend.on_host and np.may_share_memory(x, out)):
                 out[...] = x
             return
-        entry = self._recorder.begin(self.axis, "reduce_scatter", x.nbytes)
         host = self._to_host(x)
         if self._reduction == "ordered":
             mine = np.empty(shares[self.rank], dtype=host.dtype)
@@ -370,7 +389,6 @@ class Group:
             start = sum(shares[: self.rank])
             mine = total[start : start + shares[self.rank]].astype(host.dtype)
         self._put_back(mine, out)
-        self._recorder.end(entry)
 
     def _allgather(
         self, part: Array, out: Array, counts: Sequence[int] | None, wait: bool
@@ -381,14 +399,12 @@ class Group:
         if self.size == 1:
             out[...] = part
             return
-        entry = self._recorder.begin(self.axis, "allgather", out.nbytes)
         host = self._room(out)
         mine = self._to_host(part)
         if np.may_share_memory(mine, host):  # a slice of `out`: MPI's buffers must not overlap
             mine = mine.copy()
         yield from self._collect(mine, host, shares, wait)
         self._put_back(host, out)
-        self._recorder.end(entry)
 
     def _alltoall(
         self,
@@ -403,28 +419,23 @@ class Group:
         if self.size == 1:
             out[...] = x
             return
-        entry = self._recorder.begin(self.axis, "alltoall", x.nbytes)
         host = self._room(out)
         longest = np.array([max(*counts, *out_counts)], dtype=np.int64)
         yield self._call("Allreduce", wait, MPI.IN_PLACE, longest, MPI.MAX)
         yield from self._exchange(self._to_host(x), counts, host, out_counts, int(longest[0]), wait)
         self._put_back(host, out)
-        self._recorder.end(entry)
 
     def _broadcast(self, x: Array, root: int, wait: bool) -> Steps:
         if self.size == 1 or x.size == 0:
             return
-        entry = self._recorder.begin(self.axis, "broadcast", x.nbytes)
         host = self._to_host(x) if self.rank == root else self._room(x)
         raw = host.view(np.uint8)
         for a, b in self._pieces(raw.size, 1):
             yield self._call("Bcast", wait, [raw[a:b], MPI.BYTE], root)
         if self.rank != root:
             self._put_back(host, x)
-        self._recorder.end(entry)
 
     def _message(self, what: Literal["send", "recv"], x: Array, peer: int, tag: int) -> Steps:
-        entry = self._recorder.begin(self.axis, what, x.nbytes, peer)
         host = self._to_host(x) if what == "send" else self._room(x)
         raw = host.view(np.uint8)
         call = self._comm.Isend if what == "send" else self._comm.Irecv
@@ -434,7 +445,6 @@ class Group:
         yield from [call([raw[a:b], MPI.BYTE], peer, tag) for a, b in pieces]
         if what == "recv":
             self._put_back(host, x)
-        self._recorder.end(entry)
 
 
 def _check(x: Array, size: int, name: str, dtype: Any = None) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     Comm = MPI.Intracomm  # for annotations elsewhere, where mpi4py is not to be imported
 
 __all__ = [
+    "abort",
     "agree",
     "choose_threads",
     "end_in_error",
@@ -138,21 +139,21 @@ def wait_idle(comm: Comm) -> None:
 def agree(comm: Comm) -> Iterator[None]:
     """Turn a `UserError` of some ranks inside the block into one that all ranks raise.
 
-    The message is that of the lowest rank with an error. Collective over `comm`, and so nothing in
-    the block may be: a rank with a mistake waits at its end for all others. Other exceptions
-    pass through: the abort hook ends the ranks that wait here.
+    Kind and message are those of the lowest rank with an error. Collective over `comm`, and so
+    nothing in the block may be: a rank with a mistake waits at its end for all others. Other
+    exceptions pass through: the abort hook ends the ranks that wait here.
     """
-    message: str | None = None
+    mistake: tuple[type[UserError], str] | None = None
     try:
         yield
     except UserError as error:
-        message = str(error)
-    messages: list[str | None] = comm.allgather(message)
-    failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
+        mistake = type(error), str(error)
+    mistakes: list[tuple[type[UserError], str] | None] = comm.allgather(mistake)
+    failed = [(rank, found) for rank, found in enumerate(mistakes) if found is not None]
     if failed:
-        rank, text = failed[0]
-        seen = f" (seen on rank {rank})" if len(failed) < len(messages) else ""
-        raise UserError(text + seen)
+        rank, (kind, text) = failed[0]
+        seen = f" (seen on rank {rank})" if len(failed) < len(mistakes) else ""
+        raise kind(text + seen)
 
 
 def end_in_error(error: UserError) -> int:
@@ -180,6 +181,14 @@ def end_in_error(error: UserError) -> int:
         time.sleep(_LAST_WORDS)
         world.Abort(EXIT_USER_ERROR)
     return EXIT_USER_ERROR
+
+
+def abort(code: int) -> None:
+    """End all ranks of the job at once, from any thread; `code` becomes the job's exit code."""
+    world = _running_world()
+    if world is not None:
+        world.Abort(code)
+    os._exit(code)
 
 
 def end_interrupted() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import product
 
 from msgspec.structs import replace
@@ -18,12 +18,22 @@ from mpillm.config import Section, load, to_table
 from mpillm.parallel.schedules import SCHEDULES
 from mpillm.parallel.settings import ParallelSettings
 
-__all__ = ["SIZES", "factors", "layout_text", "layouts", "parse_layout", "ranks_of", "split_list"]
+__all__ = [
+    "SIZES",
+    "LayoutConfig",
+    "choose_layout",
+    "factors",
+    "layout_text",
+    "layouts",
+    "parse_layout",
+    "ranks_of",
+    "split_list",
+]
 
 SIZES = ("data", "tensor", "pipe", "context", "expert")
 
 
-class _Settings(Section, frozen=True, kw_only=True):
+class LayoutConfig(Section, frozen=True, kw_only=True):
     """What `load` reads a layout into, so that its errors name `--parallel.key`."""
 
     parallel: ParallelSettings
@@ -66,13 +76,16 @@ def factors(layout: ParallelSettings) -> dict[str, Hashable]:
 
 def parse_layout(text: str, base: ParallelSettings) -> ParallelSettings:
     """The layout that `text` names, a list of `name=value`; UserError where it names none."""
-    parts = split_list(text)
+    return choose_layout([f"--parallel.{part}" for part in split_list(text)], base)
+
+
+def choose_layout(options: Sequence[str], base: ParallelSettings) -> ParallelSettings:
+    """The layout that `--parallel.key=value` options name as `parse_layout` does a text's parts."""
     table = {"parallel": to_table(_with_sizes(base, {}))}
-    options = [f"--parallel.{part}" for part in parts]
-    layout = load(_Settings, table, options).parallel
+    layout = load(LayoutConfig, table, options).parallel
     # Now that the sizes are known: what the base says and these have a use for, then what is named.
-    names = [part.partition("=")[0].replace("-", "_") for part in parts]
-    named = {name: getattr(layout, name) for name in names}
+    keys = [option.partition("=")[0].removeprefix("--parallel.") for option in options]
+    named = {key: getattr(layout, key) for key in (key.replace("-", "_") for key in keys)}
     return replace(_with_sizes(base, {axis: getattr(layout, axis) for axis in SIZES}), **named)
 
 
@@ -123,6 +136,8 @@ def _with_sizes(base: ParallelSettings, sizes: Mapping[str, int]) -> ParallelSet
         sequence=layout.sequence and layout.tensor > 1,
         chunks=layout.chunks if layout.pipe > 1 else 1,
     )
+    if layout.pipe == 1 and layout.schedule == "interleaved":  # which takes several chunks
+        layout = replace(layout, schedule=ParallelSettings().schedule)
     if len(layout.boundaries) != layout.pipe * layout.chunks - 1:
         layout = replace(layout, boundaries=())
     return layout

@@ -3,66 +3,14 @@
 from __future__ import annotations
 
 from mpi4py import MPI
-from msgspec.structs import replace
 
 from mpillm.array.backend import Backend
-from mpillm.errors import UserError
-from mpillm.parallel.grid import AXES, GROUPS, Grid
+from mpillm.parallel.grid import AXES, GROUPS, Grid, fit
 from mpillm.parallel.group import MESSAGE_LIMIT, Group
 from mpillm.parallel.recorder import Recorder
-from mpillm.parallel.schedules import SCHEDULES
 from mpillm.parallel.settings import ParallelSettings
 
 __all__ = ["AXES", "Mesh", "fit"]
-
-
-def fit(settings: ParallelSettings, ranks: int) -> ParallelSettings:
-    """The layout with `data = 0` replaced by what the ranks allow; UserError when it cannot fit."""
-    others = settings.tensor * settings.pipe * settings.context * settings.expert
-    named = f"tensor {settings.tensor} x pipe {settings.pipe}" + "".join(
-        f" x {axis} {getattr(settings, axis)}"
-        for axis in ("context", "expert")
-        if getattr(settings, axis) > 1
-    )
-    _check_settings(settings)
-    if settings.data == 0:
-        if ranks % others:
-            raise UserError(
-                f"parallel: {named} = {others} does not divide {ranks} "
-                f"{'rank' if ranks == 1 else 'ranks'}; start a multiple of {others} ranks "
-                f"(mpirun -n {others})"
-            )
-        return replace(settings, data=ranks // others)
-    product = settings.data * others
-    if product != ranks:
-        raise UserError(
-            f"parallel: data {settings.data} x {named} = {product} does not fit "
-            f"{ranks} {'rank' if ranks == 1 else 'ranks'}; start {product} (mpirun -n {product}) "
-            "or change the layout"
-        )
-    return settings
-
-
-def _check_settings(settings: ParallelSettings) -> None:
-    """UserError for settings that mean nothing together."""
-    s = settings
-    if s.sequence and s.tensor == 1:
-        raise UserError(
-            "parallel.sequence = true shares out tokens over the tensor ranks, and parallel.tensor "
-            "is 1; set parallel.tensor >= 2, or parallel.sequence = false"
-        )
-    if s.chunks > 1 and s.pipe == 1:
-        raise UserError(
-            f"parallel.chunks = {s.chunks}: several stages a rank shorten the wait of a pipeline, "
-            "and parallel.pipe is 1; set parallel.pipe >= 2, or parallel.chunks = 1"
-        )
-    SCHEDULES[s.schedule](s.pipe, 1, s.chunks)  # one that takes other numbers of chunks says so
-    stages = s.pipe * s.chunks
-    if s.boundaries and len(s.boundaries) != stages - 1:
-        raise UserError(
-            f"parallel.boundaries = {list(s.boundaries)} makes {len(s.boundaries) + 1} stages, and "
-            f"pipe {s.pipe} x chunks {s.chunks} = {stages}; give {stages - 1} of them, or none"
-        )
 
 
 class Mesh:

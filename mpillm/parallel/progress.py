@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mpillm.parallel.recorder import Recorder
     from mpillm.parallel.request import Request
 
 __all__ = ["Progress"]
@@ -19,7 +20,9 @@ class Progress:
     others go on meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        """recorder: told of every poll, which only a process that gets on makes."""
+        self._recorder = recorder
         self._requests: list[Request] = []
 
     def watch(self, request: Request) -> Request:
@@ -30,15 +33,21 @@ class Progress:
 
     def poll(self) -> None:
         """Let every call make what progress it can."""
-        if self._requests:
-            self._requests = [request for request in self._requests if not request.test()]
+        if self._recorder is not None:
+            self._recorder.poll()
+        self._drive()
 
     def wait(self, request: Request) -> None:
         """Complete a call, and drive on the others meanwhile."""
-        self.poll()
+        self._drive()
         while not request.done and any(other is not request for other in self._requests):
+            request.block()
             request.test()
-            self.poll()
+            self._drive()
             # Where there are more ranks than cores, the one that is waited for may need this one.
             os.sched_yield()
         request.wait()
+
+    def _drive(self) -> None:
+        if self._requests:
+            self._requests = [request for request in self._requests if not request.test()]

@@ -1,10 +1,11 @@
 """The numbers of a run, step by step: `metrics.jsonl`, one JSON object a line.
 
-A line has `step, loss, lr, grad_norm, tokens_per_second, step_seconds`, where the model was
-evaluated after the step `val_loss`, and with mixtures of experts `auxiliary_loss`. A step's number
-is how many steps are then done, so the first is 1. Numbers have all their digits. JSON has no NaN
-and no infinity: both are written as null, which every JSON parser reads, and `read_metrics` gives
-them back as NaN.
+A line has `step, samples, loss, lr, grad_norm, tokens_per_second, step_seconds`, where the model
+was evaluated after the step `val_loss`, with mixtures of experts `auxiliary_loss`, and where the
+update was skipped the reason, `skipped`. A step's number is how many steps are then done, so the
+first is 1; `samples` is how many sequences they have taken from the data. Numbers have all their
+digits. JSON has no NaN and no infinity: both are written as null, which every JSON parser reads,
+and `read_metrics` gives them back as NaN.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class StepMetrics:
     step_seconds: float
     val_loss: float | None = None
     auxiliary_loss: float | None = None
+    samples: int | None = None
+    skipped: str | None = None
 
 
 class MetricsFile:
@@ -75,9 +78,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
 
-def _json_number(value: float) -> float | None:
+def _json_number(value: float | str) -> float | str | None:
     """The number as an int or float of Python's, which JSON takes; None if it is not finite."""
-    if isinstance(value, int):
+    if isinstance(value, int | str):
         return value
     return float(value) if math.isfinite(value) else None
 

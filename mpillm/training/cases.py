@@ -14,6 +14,7 @@ from mpillm.config import load
 from mpillm.errors import UserError, did_you_mean
 from mpillm.models.settings import build_model
 from mpillm.parallel.covering import covering
+from mpillm.parallel.grid import fit
 from mpillm.parallel.layouts import (
     SIZES,
     factors,
@@ -23,10 +24,9 @@ from mpillm.parallel.layouts import (
     ranks_of,
     split_list,
 )
-from mpillm.parallel.mesh import fit
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.training.batch import resolve_batch
 from mpillm.training.settings import RunConfig
-from mpillm.training.trainer import resolve_batch
 
 __all__ = ["Case", "Variants", "cases_of", "refusal", "variants_of"]
 

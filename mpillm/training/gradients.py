@@ -26,6 +26,7 @@ from mpillm.nn.stage import Stage
 from mpillm.parallel.mesh import Mesh
 from mpillm.parallel.progress import Progress
 from mpillm.parallel.request import Request
+from mpillm.training.watch import Watch
 
 __all__ = ["Gradients", "TreeSum"]
 
@@ -93,16 +94,19 @@ class Gradients:
         *,
         micros: int,
         deterministic: bool,
+        watch: Watch | None = None,
     ) -> None:
         """Collective: the ranks tell each other which parameters they hold.
 
         micros: micro-batches that this rank runs in a step. progress: drives the sums under way.
+        watch: looks at this rank's gradients before they are added to others'.
         """
         self.progress = progress
         self._mesh = mesh
         self._backend = backend
         self._micros = micros
         self._deterministic = deterministic
+        self._watch = watch
         self._overlap = mesh.layout.overlap
         self._arenas = [arena for stage in stages for arena in stage.store.arenas]
         self._pools = {arena: stage.store.pool for stage in stages for arena in stage.store.arenas}
@@ -137,6 +141,8 @@ class Gradients:
         for param in params:
             if param.grad is None:
                 param.arena.open_grads(self._pools[param.arena])
+        if self._watch is not None:
+            self._watch.opened(params)
 
     def layer_done(self, layer: Layer, place: int) -> None:
         """A layer has added all it has to add for a micro-batch. These ascend for each layer."""
@@ -144,7 +150,7 @@ class Gradients:
             done = self._layers_done.get((arena, place), 0) + 1
             self._layers_done[arena, place] = done
             if done == len(arena.layers):
-                self._micro_done(arena, last=place == self._micros - 1)
+                self._micro_done(arena, place)
 
     def reduce(self) -> None:
         """Make `grad` of every arena this rank's part of the step's gradient.
@@ -169,8 +175,11 @@ class Gradients:
             if arena.tied:
                 self._mesh.tied.allreduce(arena.grad)
 
-    def _micro_done(self, arena: Arena, last: bool) -> None:
+    def _micro_done(self, arena: Arena, place: int) -> None:
         """The gradient of an arena for one micro-batch is complete."""
+        last, alone = place == self._micros - 1, arena.zero >= 2 or self._deterministic
+        if self._watch is not None and (last or alone):
+            self._watch.gradients(arena, place, since=place if alone else 0)
         if arena.zero >= 2:
             self._sum_shards(arena)
             return

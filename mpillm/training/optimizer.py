@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from mpillm.array.backend import Array, Backend
 from mpillm.nn.param import Arena, Param
@@ -10,7 +12,24 @@ from mpillm.nn.stage import Stage
 from mpillm.parallel.progress import Progress
 from mpillm.training.settings import OptimizerSettings
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "state_arrays"]
+
+_WEIGHTS = "parameter"
+_MOMENTS = ("optimizer/m", "optimizer/v")
+
+
+def state_arrays(arenas: Iterable[Arena]) -> Iterator[tuple[str, Arena, bool]]:
+    """(kind, arena, shared) of everything that training keeps of these arenas, in order.
+
+    shared: whether ZeRO has shared it out, so that a rank keeps its part only. Needs no arrays: a
+    plan asks for ranks that do not run.
+    """
+    arenas = list(arenas)
+    for arena in arenas:
+        yield _WEIGHTS, arena, arena.zero == 3
+    for arena in arenas:
+        for kind in _MOMENTS:
+            yield kind, arena, arena.zero > 0
 
 
 class AdamW:
@@ -29,8 +48,7 @@ class AdamW:
         self._ops = backend.ops
         self._settings = settings
         self._progress = progress
-        self._stores = [stage.store for stage in stages]
-        self._arenas = [arena for store in self._stores for arena in store.arenas]
+        self._arenas = [arena for stage in stages for arena in stage.store.arenas]
         self._moments: dict[Arena, tuple[Array, Array]] = {
             arena: (
                 backend.zeros((arena.master.size,), arena.master.dtype),
@@ -44,9 +62,7 @@ class AdamW:
 
         Collective where ZeRO shares out the work: every rank then has all updated weights again.
         """
-        s = self._settings
-        # As torch.nn.utils.clip_grad_norm_ has it.
-        scale = min(1.0, s.clip / (grad_norm + 1e-6)) if s.clip > 0.0 else 1.0
+        s, scale = self._settings, self._scale(grad_norm)
         under_way = []
         for arena in self._arenas:
             first, second = self._moments[arena]
@@ -72,20 +88,35 @@ class AdamW:
         for request in under_way:
             self._progress.wait(request)
 
+    def overflows(self, grad_norm: float) -> bool:
+        """Whether squares of gradients of this norm are beyond the type of the moments.
+
+        An infinite second moment would never come down again, and its weight never move.
+        """
+        clipped = grad_norm * self._scale(grad_norm)
+        return clipped * clipped > float(np.finfo(self._arenas[0].master.dtype).max)
+
+    def _scale(self, grad_norm: float) -> float:
+        """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_ has it."""
+        clip = self._settings.clip
+        return min(1.0, clip / (grad_norm + 1e-6)) if clip > 0.0 else 1.0
+
     def state(self) -> Iterator[tuple[str, Param, tuple[int, int] | None, Array]]:
         """(kind, parameter, range, view) of what this rank keeps of weights and moments.
 
         A view has the shape of the parameter's shard or, with a range, is flat and holds that part
         of the shard's C-order flattened elements. Writing to it restores the state.
         """
-        for store in self._stores:
-            for param, part, view in store.weights():
-                yield "parameter", param, part, view
-        for arena in self._arenas:
-            for kind, moment in zip(("m", "v"), self._moments[arena], strict=True):
-                pieces = arena.pieces(moment) if arena.zero else arena.wholes(moment)
-                for param, part, view in pieces:
-                    yield f"optimizer/{kind}", param, part, view
+        for kind, arena, shared in state_arrays(self._arenas):
+            x = self._array(kind, arena)
+            for param, part, view in arena.pieces(x) if shared else arena.wholes(x):
+                yield kind, param, part, view
+
+    def _array(self, kind: str, arena: Arena) -> Array:
+        """What this rank keeps of an arena's arrays of one kind."""
+        if kind == _WEIGHTS:
+            return arena.master if arena.zero == 3 else arena.value
+        return self._moments[arena][_MOMENTS.index(kind)]
 
     @property
     def bytes(self) -> int:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
 
 from mpillm.array.backend import Backend
 from mpillm.array.random import fold
 from mpillm.data.loader import EvaluationSet, Loader, MicroBatch
-from mpillm.errors import UserError
 from mpillm.models.model import Model, build_stages
-from mpillm.nn.layer import GradientSink, Micro
+from mpillm.nn.layer import GradientSink, Layer, Micro
 from mpillm.nn.param import Param
 from mpillm.nn.ring import context_share
 from mpillm.nn.rows import SharedRows
@@ -25,11 +23,14 @@ from mpillm.parallel.pipeline import Executor
 from mpillm.parallel.programs import Program, lower, validate
 from mpillm.parallel.progress import Progress
 from mpillm.parallel.schedules import SCHEDULES, forward_only
-from mpillm.parallel.settings import ParallelSettings
+from mpillm.training.batch import micros_a_rank, resolve_batch, takes_turns
 from mpillm.training.gradients import Gradients
+from mpillm.training.health import Health, Verdict
 from mpillm.training.learning_rate import learning_rate
 from mpillm.training.optimizer import AdamW
 from mpillm.training.settings import OptimizerSettings, TrainSettings
+from mpillm.training.verdict import Verdicts
+from mpillm.training.watch import Watch
 
 __all__ = ["Memory", "StepResult", "Trainer", "resolve_batch"]
 
@@ -39,7 +40,9 @@ class StepResult:
     """What a step did: `step` counts from 1, loss in nats a token, times in seconds.
 
     reduce_seconds: of these, waiting for sums of gradients after the last backward pass. auxiliary:
-    what mixtures of experts add to the loss that is minimized, else None.
+    what mixtures of experts add to the loss that is minimized, else None. skipped: why the update
+    was not applied, "not finite: ..." or "spike: ...", the same on every rank; None where it was.
+    notes: the largest of each note over all ranks.
     """
 
     step: int
@@ -50,6 +53,8 @@ class StepResult:
     seconds: float
     reduce_seconds: float
     auxiliary: float | None = None
+    skipped: str | None = None
+    notes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,61 +69,6 @@ class Memory:
     gradients: int
     optimizer: int
     working: int
-
-
-def resolve_batch(settings: TrainSettings, layout: ParallelSettings) -> TrainSettings:
-    """The settings with `micro_batch_size = 0` replaced by a data rank's share of the batch.
-
-    UserError where deterministic mode cannot keep its promise: its tree over the micro-batches
-    must have each data rank's block, or each round of all data ranks, as a subtree.
-    """
-    data_ranks = layout.data * layout.expert
-    if settings.deterministic and layout.reduction != "ordered":
-        raise UserError(
-            f"train.deterministic: parallel.reduction = {layout.reduction!r} promises no bits; set "
-            "parallel.reduction = 'ordered'"
-        )
-    micro = settings.micro_batch_size or -(-settings.batch_size // data_ranks)
-    settings = replace(settings, micro_batch_size=min(micro, settings.batch_size))
-    if settings.deterministic and _takes_turns(layout):
-        if data_ranks & (data_ranks - 1):
-            raise UserError(
-                f"train.deterministic: with parallel.zero = {layout.zero} the number of data ranks "
-                f"(data x expert) must be a power of two, and it is {data_ranks}; use "
-                f"{1 << data_ranks.bit_length() - 1} of them"
-            )
-    elif settings.deterministic and data_ranks > 1:
-
-        def fits(size: int) -> bool:
-            rounds = _micros_a_rank(replace(settings, micro_batch_size=size), data_ranks)
-            return rounds & (rounds - 1) == 0
-
-        size = settings.micro_batch_size
-        if not fits(size):
-            # The whole batch in one micro-batch always fits.
-            near = min(filter(fits, range(1, settings.batch_size + 1)), key=lambda m: abs(m - size))
-            raise UserError(
-                f"train.deterministic: {settings.batch_size} sequences in micro-batches of {size} "
-                f"over {data_ranks} data ranks make {_micros_a_rank(settings, data_ranks)} "
-                "micro-batches a rank, which must be a power of two; the nearest that fits is "
-                f"train.micro_batch_size = {near}"
-            )
-    return settings
-
-
-def _takes_turns(layout: ParallelSettings) -> bool:
-    """Whether data ranks take micro-batches in turn, and not a block of them each.
-
-    Sharded gradients are summed over the ranks after each micro-batch: the micro-batches of a round
-    then stand side by side in the tree over all.
-    """
-    return layout.zero >= 2
-
-
-def _micros_a_rank(settings: TrainSettings, data_ranks: int) -> int:
-    """Micro-batches that every data rank runs in a step; the last ones may be padding."""
-    micros = -(-settings.batch_size // settings.micro_batch_size)
-    return -(-micros // data_ranks)
 
 
 class Trainer:
@@ -146,7 +96,7 @@ class Trainer:
         self._backend = backend
         self._loader = loader
         self._dtype = backend.dtype(train.dtype)
-        self.progress = Progress()
+        self.progress = Progress(mesh.recorder)
         self.stages = build_stages(
             model,
             backend,
@@ -158,12 +108,13 @@ class Trainer:
         )
         # Micro-batches that this rank runs in a step, by their numbers in the step.
         rank, ranks = mesh.batch.rank, mesh.batch.size
-        rounds = _micros_a_rank(train, ranks)
+        rounds = micros_a_rank(train, ranks)
         self._numbers = (
             range(rank, rank + rounds * ranks, ranks)
-            if _takes_turns(layout)
+            if takes_turns(layout)
             else range(rank * rounds, (rank + 1) * rounds)
         )
+        self._watch = Watch(model, self.stages, mesh, backend, self._numbers)
         self.gradients = Gradients(
             self.stages,
             mesh,
@@ -171,6 +122,7 @@ class Trainer:
             self.progress,
             micros=rounds,
             deterministic=train.deterministic,
+            watch=self._watch,
         )
         self.optimizer = AdamW(self.stages, backend, optimizer, self.progress)
         rows = SharedRows(mesh.tensor, backend, layout.sequence)
@@ -190,46 +142,85 @@ class Trainer:
         # Steps done, and sequences that they took from the data, over all ranks.
         self.step_number = 0
         self.samples_consumed = 0
+        self.health = Health(train)
+        self._verdicts = Verdicts(mesh, backend, self.health, self._watch)
 
-    def step(self) -> StepResult:
-        """One optimizer step."""
+    # What is not finite is told by the verdict; NumPy's warnings would come from every rank.
+    @np.errstate(over="ignore", divide="ignore", invalid="ignore")
+    def step(
+        self, notes: Sequence[int] = (), before_update: Callable[[], None] | None = None
+    ) -> StepResult:
+        """One optimizer step.
+
+        Its update is skipped on all ranks where the loss, the gradient norm or what the optimizer
+        would make of them is not finite, or the loss a spike; the step counts as done, as the same
+        batch would give the same again. UserError, on every rank alike, after `train.max_skipped`
+        of these in a row.
+
+        notes: numbers to agree about, as many on every rank; they travel with the verdicts.
+        before_update: called right before weights or moments are changed.
+        """
         begin = time.perf_counter()
         tokens = self._loader.counted_tokens(self.samples_consumed)
-        key = fold(self._train.seed, "step", self.step_number)
-        micros = [
-            self._micro(
-                self._loader.micro_batch(self.samples_consumed, j), key, self.gradients.sink(place)
-            )
-            for place, j in enumerate(self._numbers)
-        ]
+        self._watch.begin_step()
         self.gradients.begin_step()
-        outputs = self._executor.run(self._program, micros, (1.0 / tokens,))
+        outputs = self._executor.run(self._program, self._micros(), (1.0 / tokens,))
         computed = time.perf_counter()
         self.gradients.reduce()
         reduce_seconds = time.perf_counter() - computed
-        loss, *auxiliary = (
-            pairwise_sum(self._in_order(losses).tolist()) / tokens
-            for losses in self._losses(outputs, len(micros))
-        )
+        of_micros = [self._in_order(kind) for kind in self._losses(outputs, len(self._numbers))]
+        loss, *auxiliary = losses = [pairwise_sum(x.tolist()) / tokens for x in of_micros]
         norm = self.gradients.norm()
         lr = learning_rate(self.step_number, self._train.steps, self._optimizer_settings)
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise UserError(
-                f"step {self.step_number + 1}: the loss is {loss} and the gradient norm {norm}; "
-                "the update was not applied; lower optimizer.lr or go back to an older checkpoint"
+        clean, overflows = self._watch.clean(), self.optimizer.overflows(norm)
+        mine = self.health.judge(losses, norm, clean=clean, overflows=overflows)
+        verdict, agreed = self._verdicts.agree(mine[0], notes)
+        skipped = None
+        if verdict is not Verdict.GOOD:
+            skipped = self._verdicts.explain(
+                verdict, mine, of_micros, self.optimizer.state(), self._repeat
             )
         self.step_number += 1
         self.samples_consumed += self._train.batch_size
-        self.optimizer.step(self.step_number, lr, norm)
+        if skipped is None:
+            if before_update is not None:
+                before_update()
+            self.optimizer.step(self.step_number - self.health.skipped, lr, norm)
+            self.health.accept(loss)
+        else:
+            self.health.skip(self.step_number, skipped)
         self._backend.synchronize()
         seconds = time.perf_counter() - begin
         return StepResult(
-            self.step_number, loss, lr, norm, tokens, seconds, reduce_seconds, *auxiliary
+            self.step_number,
+            loss,
+            lr,
+            norm,
+            tokens,
+            seconds,
+            reduce_seconds,
+            auxiliary[0] if auxiliary else None,
+            skipped,
+            agreed,
         )
+
+    def _micros(self) -> list[Micro]:
+        """This rank's micro-batches of the step."""
+        key = fold(self._train.seed, "step", self.step_number)
+        batches = (self._loader.micro_batch(self.samples_consumed, j) for j in self._numbers)
+        return [
+            self._micro(batch, key, self.gradients.sink(place), self._watch.outputs_of(place))
+            for place, batch in enumerate(batches)
+        ]
+
+    def _repeat(self) -> None:
+        """Run the step's forward passes once more, one by one: each is kept to its end."""
+        for micro in self._micros():
+            self._executor.run(self._forward_program(1), [micro])
 
     def _in_order(self, losses: np.ndarray) -> np.ndarray:
         """Losses (ranks, micros) in the order of the micro-batches' numbers, (ranks * micros,)."""
-        return (losses.T if _takes_turns(self._mesh.layout) else losses).reshape(-1)
+        return (losses.T if takes_turns(self._mesh.layout) else losses).reshape(-1)
 
     def evaluate(self, data: EvaluationSet) -> float:
         """Mean loss over every target of `data`, nats a token."""
@@ -275,16 +266,34 @@ class Trainer:
         for kind, param, part, view in self.optimizer.state():
             yield kind, param, part, self._backend.to_host(view)
 
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside arrays, step and samples; JSON-able, the same anywhere."""
+        return {"health": self.health.state()}
+
     def restore(
-        self, step_number: int, samples_consumed: int, values: Iterable[np.ndarray]
+        self,
+        step_number: int,
+        samples_consumed: int,
+        values: Iterable[np.ndarray],
+        extra_state: Mapping[str, Any] | None = None,
     ) -> None:
-        """Put back what `state` gave, in its order, and go on after step `step_number`."""
+        """Put back what `state` gave, in its order, and go on after step `step_number`.
+
+        extra_state: what `extra_state` gave; without it, or parts of it, these begin anew.
+        """
+        self.health.restore((extra_state or {}).get("health", {}), step_number)
         for (_, _, _, view), value in zip(self.optimizer.state(), values, strict=True):
             view[...] = self._backend.from_host(value)
         self.step_number = step_number
         self.samples_consumed = samples_consumed
 
-    def _micro(self, batch: MicroBatch, key: int = 0, sink: GradientSink | None = None) -> Micro:
+    def _micro(
+        self,
+        batch: MicroBatch,
+        key: int = 0,
+        sink: GradientSink | None = None,
+        watch: Callable[[Layer, tuple[Any, ...]], None] | None = None,
+    ) -> Micro:
         """This rank's part of a micro-batch; for training when there is a sink for gradients."""
         backend, context = self._backend, self._mesh.context
         mask = backend.from_host(batch.mask.astype(self._dtype))
@@ -299,6 +308,7 @@ class Trainer:
             key=key,
             gradients=sink or GradientSink(),
             progress=self.progress,
+            watch=watch,
         )
         return context_share(whole, backend, context.size, context.rank)
 

@@ -104,9 +104,13 @@ class Trial:
             raise
 
     def run(self, steps: int) -> Outcome:
-        """Do the steps. UserError where the loss is not finite."""
+        """Do the steps. UserError where one is skipped."""
         before = self._sent()
-        results: list[StepResult] = [self.trainer.step() for _ in range(steps)]
+        results: list[StepResult] = []
+        for number in range(1, steps + 1):
+            results.append(self.trainer.step())
+            if results[-1].skipped is not None:
+                raise UserError(f"step {number} was skipped: {results[-1].skipped}")
         mine = {axis: nbytes // steps for axis, nbytes in (self._sent() - before).items()}
         busiest: Counter[str] = Counter()
         for sent in self._mesh.world.allgather_objects(mine):

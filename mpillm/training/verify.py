@@ -28,8 +28,9 @@ from mpillm.parallel.layouts import ranks_of
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.report.verification import Row, RowsFile
 from mpillm.training.cases import Case, Variants, cases_of
-from mpillm.training.loop import make_folder, open_data, resolve
+from mpillm.training.folder import make_folder
 from mpillm.training.settings import RunConfig
+from mpillm.training.setup import open_data, resolve
 from mpillm.training.trial import Outcome, Trial, compare
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def verify(
     config = _common(variants)
     with agree(comm):
         if comm.rank == 0:
-            make_folder(Path(config.run.dir), fresh=False)
+            make_folder(Path(config.run.dir))
     _, tokens = open_data(config, comm)
     with agree(comm):
         text = tokens.read("train")

@@ -669,11 +669,16 @@ def test_the_recorder_sees_every_call(comm: Any, backend: Backend) -> None:
         ("broadcast", 16 * size),
         ("barrier", 0),
     ]
-    expected = [(i, op.encode(), -1, n) for i, (op, n) in enumerate(collectives) if size > 1]
-    for turn in range(2):
-        expected += [(turn, b"recv", left, 16), (turn, b"send", right, 16)]
+    # A broadcast has its root for a tag. Messages are counted by tag.
+    expected = [
+        (i, op.encode(), -1, (size - 1) * (op == "broadcast"), n)
+        for i, (op, n) in enumerate(collectives)
+        if size > 1
+    ]
+    for tag in (8, 9):
+        expected += [(0, b"recv", left, tag, 16), (0, b"send", right, tag, 16)]
     calls = recorder.last()
-    found = [(c["sequence"], c["op"], c["peer"], c["bytes"]) for c in calls]
+    found = [(c["sequence"], c["op"], c["peer"], c["tag"], c["bytes"]) for c in calls]
     assert found == expected
     assert (calls["axis"] == b"world").all()
     assert (calls["end"] >= calls["begin"]).all()

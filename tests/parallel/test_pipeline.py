@@ -219,6 +219,10 @@ class LateSend:
             self._request = self._post()
         return self._request is not None and self._request.test()
 
+    def block(self) -> None:
+        if self._request is not None:
+            self._request.block()
+
     def wait(self) -> None:
         self._request = self._request or self._post()
         self._request.wait()

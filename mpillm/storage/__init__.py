@@ -1,0 +1,1 @@
+"""Files: written whole or not at all, and read through one guard for each format."""
