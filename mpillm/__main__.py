@@ -1,7 +1,8 @@
 """The one entry point: find the command, run it, turn what goes wrong into an exit code.
 
 0: done; 1: a damaged checkpoint, or a defect (with a traceback); 2: a user's mistake (one line);
-130: Ctrl-C. A command's module is imported when it is asked for, MPI and NumPy later still.
+85: saved before the end, to be started again; 86: hung, ended by the watchdog; 130: Ctrl-C.
+A command's module is imported when it is asked for, MPI and NumPy later still.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = ["entry", "main"]
 COMMANDS = {
     "train": "train a model, or resume a run",
     "generate": "continue a prompt with a trained model",
+    "doctor": "tell what became of a run, and which rank is at fault",
     "checkpoint": "inspect or verify a checkpoint",
     "verify-layouts": "try whether layouts give one rank's run",
     "schedule": "draw a pipeline schedule's timeline",

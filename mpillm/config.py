@@ -13,6 +13,8 @@ Integers are accepted for numbers; true and false never for integers.
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,9 @@ else:
 __all__ = ["Section", "describe", "dump", "from_table", "load", "setting_names", "to_table"]
 
 _LONGEST_VALUE = 80  # characters of a given value that an error line shows
+_LARGEST_FILE = 256 * 2**10  # bytes
+_MOST_DOTS = 500  # in a line
+_DEEPEST = 32
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,15 +110,44 @@ def from_table(kind: type[T], table: Mapping[str, Any]) -> T:
 def _read(path: Path) -> dict[str, Any]:
     """Parse a TOML file."""
     try:
-        return tomllib.loads(path.read_bytes().decode())
+        # Should it be a FIFO, it is not waited for.
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path}: not a regular file")
+            raw = file.read(_LARGEST_FILE + 1)
+        if len(raw) > _LARGEST_FILE:
+            raise UserError(f"{path}: more than {_LARGEST_FILE >> 10} KiB; not a file of settings")
+        return _parse(raw.decode())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {_nearest_file(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not TOML: {' '.join(str(error).split())}") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The table that TOML spells. Raises ValueError or RecursionError.
+
+    Beyond what TOML says, nothing in a file can hurt: a key of n parts takes n * n steps to read,
+    and what is nested deeply or an integer of many digits cannot be shown in an error line.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.count(".") > _MOST_DOTS:
+            raise ValueError(f"line {number} has more than {_MOST_DOTS} dots")
+    table = tomllib.loads(text)
+    level: list[Any] = [table]
+    for _ in range(_DEEPEST):
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        values = [value for items in inner for value in items]
+        if any(isinstance(value, int) and value.bit_length() > 64 for value in values):
+            raise ValueError("an integer has more than 64 bits")
+        level = [value for value in values if isinstance(value, dict | list)]
+        if not level:
+            return table
+    raise ValueError("nested too deeply")
 
 
 def _nearest_file(path: Path) -> str:
@@ -137,10 +171,10 @@ def _split_override(override: str) -> tuple[_Path, str | None]:
 def _literal(text: str) -> Any:
     """The value that `text` spells in TOML (or in Python, for numbers such as .5), else `text`."""
     try:
-        table = tomllib.loads(f"value = {text}")
+        table = _parse(f"value = {text}")
         if table.keys() == {"value"}:
             return table["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         pass
     try:
         return float(text)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,22 @@ def test_rewind_drops_later_steps_and_a_cut_line(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1.0}', "7", ""])
+GOOD = json.dumps(asdict(metrics(2, loss=4.0)))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("nonsense", "[1]", "7", "", '{"step": 2}', "[" * 70_000),
+        *(GOOD.replace('"step": 2', f'"step": {new}') for new in ("2.5", "true", "null", '"2"')),
+        *(GOOD.replace("4.0", new) for new in ("NaN", "1e999", '"4"', "{}", "true")),
+        GOOD.replace("{", '{"step": 2, '),
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    assert line != GOOD
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected a JSON object"):
         read_metrics(path)
 

@@ -236,7 +236,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert f"{last / 'shard-00000.h5'}, dataset 'parameter/embedding.tokens' is damaged" in output
     assert f"resumed after step {STEPS - 3}" in output
     assert metrics(folder) == metrics(whole)
-    assert_equal(state(folder), state(whole))
+    expected, found = state(whole), state(folder)
+    assert all((values == found[key]).all() for key, values in expected.items())
 
 
 def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpillm.cli.parser import Parser, integer
-from mpillm.config import describe
+from mpillm.config import describe, load
 from mpillm.errors import did_you_mean
 from mpillm.parallel.launch import rank_hint
-from mpillm.parallel.layouts import LayoutConfig
+from mpillm.parallel.layouts import LayoutConfig, ranks_of
 from mpillm.training.settings import RunConfig
 
 __all__ = ["run"]
@@ -27,7 +27,7 @@ mpillm checkpoint ACTION --help tells more.
 """
 
 _RESHARD_EPILOG = """\
-DST becomes the folder of a run: mpirun -n K mpillm train DST/config.toml goes on with it. The
+DST becomes the folder of a run: mpirun -n N mpillm train DST/config.toml goes on with it. The
 layout is named as for mpillm train; sizes that are not named are 1, other settings stay as they
 were where the layout has a use for them:
 
@@ -96,10 +96,15 @@ def _reshard(arguments: Sequence[str]) -> int:
     )
     options, settings = parser.parse_with_settings(arguments, RunConfig)
 
+    from mpillm.checkpoint.manifest import read_manifest
     from mpillm.training.reshard import reshard
 
     path = reshard(options.source, options.target, settings, ranks=options.ranks)
-    print(f"{path} is written; mpirun -n K mpillm train {options.target / 'config.toml'} goes on")
+    layout = load(LayoutConfig, {"parallel": read_manifest(path).layout}).parallel
+    print(
+        f"{path} is written; to go on: mpirun -n {ranks_of(layout)} mpillm train "
+        f"{options.target / 'config.toml'}"
+    )
     return 0
 
 

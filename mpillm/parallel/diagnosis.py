@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,7 +128,7 @@ class _Case:
             for rank, flight in flights.items()
             if self._is_silent(flight)
         }
-        places = Places(flights)
+        places = self._places = Places(flights)
         self._words = Wording(flights, places, self._silent, now)
         self._waits = sorted(waits_of(flights, places), key=lambda wait: wait.since)
         # The call in which others have waited for a rank longest.
@@ -147,7 +147,9 @@ class _Case:
         self._deadlocks(explained)
         self._roots()
         self._stuck(explained)
-        self._findings.sort(key=lambda f: (f.due > self._now, _ORDER.index(f.kind)))
+        self._findings.sort(
+            key=lambda found: (found.due > self._now, _ORDER.index(found.kind), found.axis is None)
+        )
         texts = [finding.text for finding in self._findings]
         waiting = dict.fromkeys(rank for wait in self._waits for rank in wait.waiting)
         return Diagnosis(
@@ -163,7 +165,7 @@ class _Case:
         """Returns the members of such groups: why they wait is explained."""
         explained: set[int] = set()
         seen: set[tuple[object, ...]] = set()
-        for wait in self._waits:
+        for wait in [*self._waits, *self._under_way()]:
             if not wait.call.collective:
                 if wait.match is not None and wait.match.bytes != wait.call.bytes:
                     self._unequal_message(wait)
@@ -176,6 +178,14 @@ class _Case:
                     explained.update(wait.members)
         return explained
 
+    def _under_way(self) -> Iterator[Wait]:
+        """The collectives that are not complete, as waits: MPI may fail where nobody is blocked."""
+        for rank, flight in self._flights.items():
+            for call in flight.under_way():
+                if call.collective and call != flight.waiting:
+                    members = self._places.members(call.axis, rank)
+                    yield Wait(call, members, [rank], call.begin)
+
     def _unequal_calls(
         self, wait: Wait, sequence: int, calls: dict[tuple[str, int, int], list[int]]
     ) -> None:
@@ -183,7 +193,7 @@ class _Case:
         most = len(sides[0][1])
         everyone = [rank for _, ranks in sides for rank in ranks]
         fewer = [rank for _, ranks in sides for rank in ranks if len(ranks) < most]
-        culprits = fewer or self._astray(everyone)
+        culprits = self._astray(fewer or everyone, among=everyone)
         others = set(everyone) - set(culprits)
         made = "; ".join(
             f"{name_ranks(ranks)} made {op} of {nbytes:,} bytes"
@@ -207,7 +217,7 @@ class _Case:
             f"{self._words.call(rank, wait.call, size=True)}, and rank {peer} its {wait.match.op} "
             f"of {wait.match.bytes:,} bytes"
         )
-        self._add("mismatch", self._astray([rank, peer]), text, wait)
+        self._add("mismatch", self._astray([rank, peer], among=[rank, peer]), text, wait)
 
     # -- ranks that wait for each other ----------------------------------------------------------
 
@@ -223,7 +233,7 @@ class _Case:
             if explained.intersection(ranks):
                 continue
             waits = [self._waits[-node - 1] for node in component if node < 0]
-            culprits = self._astray(self._outvoted(waits, ranks))
+            culprits = self._astray(self._outvoted(waits, ranks), among=ranks)
             text = f"{name_ranks(ranks)} wait for each other: "
             text += "; ".join(
                 self._words.blame(rank, self._wanted.get(rank)) for rank in culprits[:_NAMED]
@@ -243,15 +253,15 @@ class _Case:
         most = max(votes.values(), default=0)
         return [rank for rank in ranks if votes[rank] == most]
 
-    def _astray(self, ranks: Sequence[int]) -> list[int]:
-        """Of ranks that disagree those that depart from what they did before, else all.
+    def _astray(self, ranks: Sequence[int], *, among: Sequence[int]) -> list[int]:
+        """Of ranks under suspicion those that depart from what they did before, else all.
 
-        Where all do in the same step, that step differs on purpose.
+        Where all ranks `among` which they are do so in the same step, it differs on purpose.
         """
-        if len(ranks) > _HISTORIES:
+        if len(among) > _HISTORIES:
             return list(ranks)
-        found = {r: departures(self._flights[r]) for r in ranks if r in self._flights}
-        common = set.intersection(*({*found.get(rank, ())} for rank in ranks))
+        found = {r: departures(self._flights[r]) for r in among if r in self._flights}
+        common = set.intersection(*(set(steps) for steps in found.values()))
         for rank, steps in found.items():
             own = steps.keys() - common
             if own:
@@ -262,7 +272,7 @@ class _Case:
 
     def _roots(self) -> None:
         """Those that others wait for, or that stand still for too long."""
-        alike: dict[tuple[object, ...], list[int]] = {}
+        alike: dict[tuple[Kind, int], list[int]] = {}
         for rank in range(self._size):
             kind, wait = self._kind(rank), self._wanted.get(rank)
             if kind is None or (wait is None and not self._stands_still(rank, kind)):

@@ -12,7 +12,6 @@ look, so that of ten thousand waiting ranks one does; `hang`, made by the one th
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import os
 import signal
@@ -91,6 +90,9 @@ class Watchdog:
                 f"flight folder {self._folder} cannot be written to: {error.strerror}"
             ) from None
         self._begun = time.time()
+        self._fatal = not faulthandler.is_enabled()
+        if self._fatal:  # a crash in C leaves its stack, too
+            faulthandler.enable(self._stack)
         self._recorder.beat()
         self._arm()
         self._thread.start()
@@ -108,10 +110,13 @@ class Watchdog:
         if value is None:
             self._recorder.goodbye("left")
         else:
-            self._recorder.goodbye(f"{type(value).__name__}: {value}")
-            if type(value).__module__.startswith("mpi4py"):
+            of_mpi = type(value).__module__.startswith("mpi4py")
+            self._recorder.goodbye(f"{'MPI.' * of_mpi}{type(value).__name__}: {value}")
+            if of_mpi:
                 self._explain()
         faulthandler.cancel_dump_traceback_later()
+        if self._fatal:
+            faulthandler.disable()
         self._stack.close()
         with contextlib.suppress(OSError):  # its only use is over
             if not self._stack_path.stat().st_size:
@@ -299,18 +304,15 @@ class Watchdog:
 
     def _explain(self) -> None:
         """After an error of MPI: print whether ranks made different calls, which leads to one."""
-        rank = self._recorder.rank
-        with contextlib.suppress(UserError):  # without flights there is nothing to tell
+        # Without flights there is nothing to tell, and one rank tells it.
+        with contextlib.suppress(UserError, OSError):
             flights = read_flights(self._folder).flights
-            for call in list(flights[rank].under_way()):
-                asked = dataclasses.replace(
-                    flights[rank], waiting=call, waiting_since=time.time(), cause="", ended=None
-                )
-                diagnosis = diagnose({**flights, rank: asked}, timeout=self._hang_timeout)
-                for finding in diagnosis.findings:
-                    if finding.kind == "mismatch":
-                        print(f"mpillm: {finding.text}", file=sys.stderr, flush=True)
-                        return
+            findings = diagnose(flights, timeout=self._hang_timeout).findings
+            texts = [f"mpillm: {found.text}\n" for found in findings if found.kind == "mismatch"]
+            if texts:
+                with (self._folder / REPORT).open("x", encoding="utf-8") as file:
+                    file.writelines(texts)
+                print("".join(texts), end="", file=sys.stderr, flush=True)
 
     # -- files -----------------------------------------------------------------------------------
 

@@ -10,14 +10,17 @@ and `read_metrics` gives them back as NaN.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mpillm.errors import UserError
+from mpillm.storage.disk import Damaged, open_file, write_atomically
+from mpillm.storage.strict_json import parse_json
 
 __all__ = ["MetricsFile", "StepMetrics", "read_metrics"]
 
@@ -38,6 +41,10 @@ class StepMetrics:
     skipped: str | None = None
 
 
+_REQUIRED = {entry.name for entry in fields(StepMetrics) if entry.default is MISSING}
+_LONGEST_LINE = 2**16  # bytes
+
+
 class MetricsFile:
     """A `metrics.jsonl` that grows by a line a step; the line is there when `write` returns."""
 
@@ -47,21 +54,20 @@ class MetricsFile:
 
     def write(self, metrics: StepMetrics) -> None:
         """Append a step."""
-        fields = {name: value for name, value in asdict(metrics).items() if value is not None}
-        line = {name: _json_number(value) for name, value in fields.items()}
+        known = {name: value for name, value in asdict(metrics).items() if value is not None}
+        line = {name: _json_number(value) for name, value in known.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def rewind(self, step: int) -> None:
         """Drop the steps after `step`, and a last line cut short: a run goes on from there."""
-        kept = [line for number, line in _lines(self._path) if number <= step]
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                file.writelines(raw for row, raw in _lines(self._path) if row["step"] <= step)
+
         self._file.close()
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_atomically(self._path, write)
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -74,8 +80,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises UserError when there is no such file or another line is damaged.
     """
-    rows = [json.loads(line) for _, line in _lines(path)]
-    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    return [
+        {name: math.nan if value is None else value for name, value in row.items()}
+        for row, _ in _lines(path)
+    ]
 
 
 def _json_number(value: float | str) -> float | str | None:
@@ -85,19 +93,32 @@ def _json_number(value: float | str) -> float | str | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Step and text of every whole line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such metrics file") from None
-    *whole, _cut = text.split("\n")  # what follows the last newline was cut short by a kill
-    lines = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            lines.append((int(json.loads(line)["step"]), line + "\n"))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}"
-            ) from None
-    return lines
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Every whole line, read and as it is."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such metrics file")
+    with open(open_file(path), "rb") as file:
+        for number in itertools.count(1):
+            raw = file.readline(_LONGEST_LINE)
+            if len(raw) < _LONGEST_LINE and not raw.endswith(b"\n"):
+                return  # the end, or a line cut short by a kill
+            try:
+                row = parse_json(raw, path)
+            except Damaged:
+                row = None
+            if not _is_row(row):
+                raise UserError(
+                    f"{path}, line {number}: expected a JSON object with the numbers of a step,"
+                    f" found {raw[:60].decode(errors='replace')!r}"
+                )
+            yield row, raw
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line holds what `MetricsFile` writes: all that every step has, and no nesting."""
+    if not isinstance(row, dict) or not row.keys() >= _REQUIRED or type(row["step"]) is not int:
+        return False
+    return all(
+        value is None or type(value) in (int, float) or (name == "skipped" and type(value) is str)
+        for name, value in row.items()
+    )

@@ -84,7 +84,9 @@ class DiskCalls:
             self.log.append(call)
             return result
 
-    def _call_open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    def _call_open(
+        self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
+    ) -> int:
         whole = self._path(path, dir_fd)
         plain = self._plain["open"]
         if whole is None:

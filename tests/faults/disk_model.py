@@ -38,9 +38,10 @@ class File:
         for offset, data in self.writes:
             if random is not None and random.random() >= share:
                 how = random.choice(("lost", "zeros", "torn"))
-                data = {"zeros": bytes(len(data)), "torn": data[: random.randint(0, len(data))]}.get(
-                    how, b""
-                )
+                data = {
+                    "zeros": bytes(len(data)),
+                    "torn": data[: random.randint(0, len(data))],
+                }.get(how, b"")
             if data:
                 content.extend(bytes(max(offset + len(data) - len(content), 0)))
                 content[offset : offset + len(data)] = data
@@ -159,7 +160,9 @@ def _tree(folder: Folder, random: Random | None, share: float) -> Tree:
             kept = random.randint(0, most) if 0 < share < 1 else round(share * most)
             chosen = folder.changes[:kept]
     return {
-        name: _tree(inode, random, share) if isinstance(inode, Folder) else inode.left(random, share)
+        name: _tree(inode, random, share)
+        if isinstance(inode, Folder)
+        else inode.left(random, share)
         for name, inode in folder.entries(chosen).items()
     }
 

@@ -1,8 +1,9 @@
 """A -> B -> A, by ranks that train and by no ranks at all: every bit comes back.
 
-Short form: 3 pairs of layouts of up to 4 ranks. Long form: some 120 pairs of layouts of up to 8, in
-which every two choices meet that can meet in two layouts: sizes of all axes, sequence, schedules
-and chunks, ZeRO stages, tied and untied heads, with experts and without, both types.
+Short form: 3 pairs of layouts of up to 4 ranks. Long form: some 60 pairs of layouts of up to 8, in
+which every two choices meet that can meet, in one layout or from one to the other: axes cut and
+uncut, sequence, schedules and chunks, ZeRO stages, tied and untied heads, experts, both types; and
+every two sizes of axes in one layout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fault_table import Table
 
 from mpillm.config import to_table
 from mpillm.parallel.covering import covering
-from mpillm.parallel.layouts import factors
+from mpillm.parallel.layouts import SIZES, factors
 from mpillm.training.cases import Case, Variants, cases_of, variants_of
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -46,13 +47,19 @@ def sampled(variants: Variants, most: int, count: int) -> list[Pair]:
 
 
 def choices(pair: Pair) -> dict[str, Hashable]:
-    """What tells a pair of layouts from others."""
+    """What tells a pair of layouts from others; of an axis, whether it is cut."""
     a, b = pair
     told: dict[str, Hashable] = dict(name.split("=") for name in a.variant)
     for place, case in (("from", a), ("to", b)):
         told |= {f"{place} {name}": value for name, value in factors(case.layout).items()}
-        told[f"{place} boundaries"] = case.layout.boundaries
+        told |= {f"{place} {axis}": getattr(case.layout, axis) > 1 for axis in SIZES}
+        told[f"{place} boundaries"] = bool(case.layout.boundaries)
     return told
+
+
+def sizes(pair: Pair) -> dict[str, Hashable]:
+    """The sizes of a pair's first layout."""
+    return {axis: getattr(pair[0].layout, axis) for axis in SIZES}
 
 
 def test_there_and_back_is_bitwise_the_same(
@@ -61,7 +68,8 @@ def test_there_and_back_is_bitwise_the_same(
     variants = variants_of(TINY, ["--model.context=12", *(FEWER_LAYERS, [])[long]], VARY)
     most = 8 if long else 4
     pairs = sampled(variants, most, 4000)
-    pairs = [pairs[number] for number in covering(list(map(choices, pairs)))]
+    numbers = {number for told in (choices, sizes) for number in covering(list(map(told, pairs)))}
+    pairs = [pairs[number] for number in sorted(numbers)]
     if not long:
         pairs = Random(1).sample(pairs, 3)
     listed = [[to_table(variants[a.variant]), a.text, b.text] for a, b in pairs]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +131,8 @@ def hook(event, arguments):
 with Mortal(Path(root)) as disk:
     sys.addaudithook(hook)
     saves(Path(root), disk)
-noted = Counter(call.name for call in disk.log if call.name in ("create", "rename", "mkdir", "unlink", "rmdir"))
+kinds = ("create", "rename", "mkdir", "unlink", "rmdir")
+noted = Counter(call.name for call in disk.log if call.name in kinds)
 print(sorted(noted.items()) == sorted(seen.items()), sorted(noted.items()), sorted(seen.items()))
 """
 
@@ -199,7 +199,9 @@ class Judge:
         if lost := promise.steps - found.keys():
             return f"steps {sorted(lost)} are lost"
         newest = found[max(found)] if found else 0
-        return "" if newest >= promise.done else f"{promise.done} was acknowledged, {newest} is left"
+        return (
+            "" if newest >= promise.done else f"{promise.done} was acknowledged, {newest} is left"
+        )
 
     def _seed(self, name: str, content: Tree) -> int | str:
         """The seed of the state in a checkpoint's folder, or what is wrong with it."""
@@ -266,15 +268,15 @@ def fsyncs(log: list[Call]) -> dict[str, set[int]]:
             name = Path(call.path).name
             if name == FOLDER[-1]:
                 name += " after a rename to " + (
-                    ".old" if renamed.endswith(".old") and renamed[0] != "." else renamed.split("-")[0]
+                    ".old"
+                    if renamed.endswith(".old") and renamed[0] != "."
+                    else renamed.split("-")[0]
                 )
             kinds.setdefault("".join(c for c in name if not c.isdigit()), set()).add(number)
     return kinds
 
 
-def test_every_fsync_is_needed(
-    root: Path, log: list[Call], tmp_path: Path, table: Table
-) -> None:
+def test_every_fsync_is_needed(root: Path, log: list[Call], tmp_path: Path, table: Table) -> None:
     """Without any one kind of them some cut breaks a promise: the model would find a missing one.
 
     An fsync has no other effect than on what a cut leaves, so that it can be left out of the log.

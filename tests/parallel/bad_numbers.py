@@ -175,9 +175,7 @@ def weight(run: Run) -> Fault:
     held = [
         (param.name, view)
         for kind, param, _, view in run.trainer.optimizer.state()
-        # What no token looks at spoils nothing.
-        if kind == "parameter" and view.size and not param.name.startswith("embedding.tokens")
-        if ".experts." not in param.name
+        if kind == "parameter" and view.size and _is_used(param.name)
     ]
     name, view = run.choose(held)
     flat = view.reshape(-1)
@@ -194,6 +192,17 @@ def weight(run: Run) -> Fault:
 
     what = f"first in the weight {name} (1 of {size} elements) on {_rank_text(run, rank)}"
     return Fault([what], heal)
+
+
+def _is_used(name: str) -> bool:
+    """Whether every element that a rank holds of a weight does something there.
+
+    Not so of tables, of experts that get no token, of biases that one tensor rank adds for all, and
+    of a norm before heads of which the rank has none.
+    """
+    if name.startswith("embedding.") or ".experts." in name:
+        return False
+    return name.startswith("head.norm.") or ".norm2." in name or name.endswith(".weight")
 
 
 def output(run: Run, head: bool = False) -> Fault:
