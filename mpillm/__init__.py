@@ -40,8 +40,8 @@ def train(
     path of a TOML file. overrides: `--section.key=value` strings as on the command line.
     comm: the communicator whose ranks train together, by default all ranks; then, as in the
     command, an uncaught exception on any rank from now on ends the job. fresh: start over even
-    where the run folder holds checkpoints. A result with `stopped` is one of a run that was asked to
-    end (by a signal, the time limit, a file) and has saved: the same call goes on. Collective.
+    where the run folder holds checkpoints. A result with `stopped` is one of a run that was asked
+    to end (by a signal, the time limit, a file) and has saved: the same call goes on. Collective.
     Raises `mpillm.errors.UserError`, on every rank, for settings that are wrong.
     """
     comm, checked = _begin(config, comm, overrides)

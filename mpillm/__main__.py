@@ -21,7 +21,7 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "generate": "continue a prompt with a trained model",
     "doctor": "tell what became of a run, and which rank is at fault",
-    "checkpoint": "inspect or verify a checkpoint",
+    "checkpoint": "inspect, verify, reshard or export a checkpoint",
     "verify-layouts": "try whether layouts give one rank's run",
     "schedule": "draw a pipeline schedule's timeline",
 }

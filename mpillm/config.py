@@ -36,7 +36,7 @@ __all__ = ["Section", "describe", "dump", "from_table", "load", "setting_names",
 
 _LONGEST_VALUE = 80  # characters of a given value that an error line shows
 _LARGEST_FILE = 256 * 2**10  # bytes
-_MOST_DOTS = 500  # in a line
+_MOST_DOTS = 200  # in a line
 _DEEPEST = 32
 
 
@@ -124,12 +124,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not TOML: {' '.join(str(error).split())}") from None
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """The table that TOML spells. Raises ValueError or RecursionError.
+    """The table that TOML spells. Raises ValueError.
 
     Beyond what TOML says, nothing in a file can hurt: a key of n parts takes n * n steps to read,
     and what is nested deeply or an integer of many digits cannot be shown in an error line.
@@ -137,7 +137,10 @@ def _parse(text: str) -> dict[str, Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.count(".") > _MOST_DOTS:
             raise ValueError(f"line {number} has more than {_MOST_DOTS} dots")
-    table = tomllib.loads(text)
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     level: list[Any] = [table]
     for _ in range(_DEEPEST):
         inner = [item.values() if isinstance(item, dict) else item for item in level]
@@ -174,7 +177,7 @@ def _literal(text: str) -> Any:
         table = _parse(f"value = {text}")
         if table.keys() == {"value"}:
             return table["value"]
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     try:
         return float(text)

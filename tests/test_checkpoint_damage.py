@@ -323,6 +323,7 @@ PIECE = (*FIRST, "pieces", 1)
         ("version 1 has no field `state`", set_at("version", to=1)),
         ("is not the manifest of a checkpoint", set_at("format", to="other")),
         ("contains unknown field `more`", set_at("more", to=1)),
+        ("Object missing required field `state`", lambda value: value.pop("state")),
         ("Expected `int`, got `str`", set_at("step", to="2")),
         ("Expected `int` >= 0", set_at("samples", to=-1)),
         ("Expected `str` matching regex", set_at("files", 0, "name", to="../shard-00000.h5")),

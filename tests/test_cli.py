@@ -87,7 +87,15 @@ def test_help_is_for_rank_0(
             ["checkpoint", "inspct", "r"],
             "checkpoint: no action 'inspct'; did you mean 'inspect'?",
         ),
-        (["checkpoint", "verify"], "checkpoint: the following arguments are required: PATH"),
+        (["checkpoint"], "checkpoint: the following arguments are required: ACTION"),
+        (
+            ["checkpoint", "verify"],
+            "checkpoint verify: the following arguments are required: PATH",
+        ),
+        (
+            ["checkpoint", "reshard", "r"],
+            "checkpoint reshard: the following arguments are required: DST",
+        ),
     ],
 )
 def test_usage_mistakes(

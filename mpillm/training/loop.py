@@ -94,6 +94,7 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
             run = _Run(config, comm, mesh, trainer, backend, tokens, prepared, stopping)
             with recorder.activity("load"):
                 run.restore()
+            recorder.step, recorder.samples = trainer.step_number, trainer.samples_consumed
         result = run.go()
         recorder.goodbye(f"stopped by {result.stopped}" if result.stopped else "complete")
     return result

@@ -34,9 +34,6 @@ _Key = tuple[str, str, tuple[int, ...], tuple[int, ...], "tuple[int, int] | None
 
 _DIGEST = 16  # bytes of a hash that are kept
 
-# Differences that a rank tells the others.
-_TOLD = 4
-
 
 def check_comparable(run: RunSettings, layout: ParallelSettings) -> None:
     """UserError for settings under which replicas need not hold the same bits."""
@@ -60,19 +57,21 @@ def check_replicas(trainer: Trainer, mesh: Mesh, backend: Backend) -> None:
         if view.size
     }
     digests = {key: _digest(backend, view) for key, (view, _) in held.items()}
-    differing: list[_Key] = []
+    # By kind of group. A rank whose copy of a weight is wrong makes other gradients of what it and
+    # other tensor ranks hold alike; among replicas nothing but the fault itself differs.
+    differing: tuple[list[_Key], list[_Key]] = [], []
     for group in (mesh.replicas, mesh.expert_replicas):
         # Ranges are of what this rank alone keeps of the group.
         keys = [key for key, (_, over) in held.items() if over is group and key[-1] is None]
-        differing += _compare(group, keys, digests, backend)
+        differing[0].extend(_compare(group, keys, digests, backend))
     for group in (mesh.tensor, mesh.tied):
-        differing += _compare(group, _shared(group, digests), digests, backend)
-    if not _anywhere(mesh, backend, len(differing)):
+        differing[1].extend(_compare(group, _shared(group, digests), digests, backend))
+    if not _anywhere(mesh, backend, len(differing[0]) + len(differing[1])):
         return
     arrays = {key: view for key, (view, _) in held.items()}
     raise UserError(
         f"after step {trainer.step_number} replicas differ: "
-        f"{_describe(mesh, backend, list(dict.fromkeys(differing)), digests, arrays)}; memory or "
+        f"{_describe(mesh, backend, differing, digests, arrays)}; memory or "
         "a processor may be faulty: go on without that node, from a checkpoint from before the "
         "last comparison that passed (every run.check_replicas steps)"
     )
@@ -126,7 +125,7 @@ def _anywhere(mesh: Mesh, backend: Backend, count: int) -> bool:
 def _describe(
     mesh: Mesh,
     backend: Backend,
-    differing: Sequence[_Key],
+    differing: tuple[list[_Key], list[_Key]],
     digests: dict[_Key, bytes],
     arrays: dict[_Key, Array],
 ) -> str:
@@ -135,29 +134,27 @@ def _describe(
     Whoever holds the same has a vote, also those who are in no group with the ranks that differ.
     """
     world = mesh.world
-    told = world.allgather_objects((list(differing[:_TOLD]), len(differing)))
-    key: _Key = next(keys[0] for keys, _ in told if keys)
+    count = len({*differing[0], *differing[1]})
+    told = world.allgather_objects(([keys[:1] for keys in differing], count))
+    key: _Key = next(keys[kind][0] for kind in (0, 1) for keys, _ in told if keys[kind])
     most = max(count for _, count in told)
     mine = (digests.get(key), platform.node(), _meta(arrays.get(key)))
-    everyone = world.allgather_objects(mine)
-    votes = Counter(digest for digest, _, _ in everyone if digest is not None)
-    (right, count), (_, second) = votes.most_common(2)
-    holders = [rank for rank, (digest, _, _) in enumerate(everyone) if digest is not None]
-    good = [rank for rank in holders if everyone[rank][0] == right]
-    wrong = [(rank, node) for rank, (_, node, _) in enumerate(everyone) if rank in holders]
-    wrong = [(rank, node) for rank, node in wrong if rank not in good]
-    size, dtype = everyone[good[0]][2]
-    elements = _count(mesh, backend, good[0], size, dtype, arrays.get(key))
-    kind, name = key[0], key[1]
-    what = f"the weight {name}" if kind == "parameter" else f"{kind} of {name}"
+    everyone = dict(enumerate(world.allgather_objects(mine)))
+    holders = {rank: held for rank, held in everyone.items() if held[0] is not None}
+    (right, agreed), (_, second) = Counter(held[0] for held in holders.values()).most_common(2)
+    good = next(rank for rank, held in holders.items() if held[0] == right)
+    wrong = [(rank, held[1]) for rank, held in holders.items() if held[0] != right]
+    size, dtype = holders[good][2]
+    elements = _count(mesh, backend, good, size, dtype, arrays.get(key))
+    what = f"the weight {key[1]}" if key[0] == "parameter" else f"{key[0]} of {key[1]}"
     more = f" (and {most - 1} other arrays)" if most > 1 else ""
     differ = f"{elements:,} of {size:,} elements {'differs' if elements == 1 else 'differ'}"
-    if count > second:
-        return f"{what}{more} on {place_text(mesh, wrong)}: {differ} from {count} other ranks'"
-    ranks = [(rank, everyone[rank][1]) for rank in (good[0], wrong[0][0])]
+    if agreed > second:
+        return f"{what}{more} on {place_text(mesh, wrong)}: {differ} from {agreed} other ranks'"
+    ranks = place_text(mesh, sorted([(good, holders[good][1]), *wrong]))
     return (
-        f"{what}{more} on {place_text(mesh, ranks)}: {differ}, and which is right cannot be told "
-        f"from {len(holders)} replicas"
+        f"{what}{more} on {ranks}: {differ}, and which is right cannot be told from {len(holders)} "
+        "replicas"
     )
 
 

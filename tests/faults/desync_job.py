@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -80,7 +79,7 @@ class Astray:
 
         setattr(Group, method, call)
 
-    # -- calls that are not those of the other ranks ------------------------------------------------
+    # -- calls that are not those of the other ranks ----------------------------------------------
 
     def skip(self, real: Callable[[], Any], group: Group, *arguments: Any) -> Any:
         return Done() if self.fault["call"].startswith("i") else arguments[0]
@@ -107,7 +106,7 @@ class Astray:
     def leaves(self, real: Callable[[], Any], group: Group, *arguments: Any) -> Any:
         raise SystemExit(0)
 
-    # -- ranks that stand still ---------------------------------------------------------------------
+    # -- ranks that stand still -------------------------------------------------------------------
 
     def loops(self, real: Callable[[], Any], group: Group, *arguments: Any) -> Any:
         while True:
@@ -129,7 +128,7 @@ class Astray:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGSTOP)).start()
         return real()
 
-    # -- slow, and that is all ----------------------------------------------------------------------
+    # -- slow, and that is all --------------------------------------------------------------------
 
     def saves(self, real: Callable[[], Any], group: Group, *arguments: Any) -> Any:
         with self.mesh.recorder.activity("save"):

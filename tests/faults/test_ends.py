@@ -147,15 +147,18 @@ def test_a_killed_mpirun_leaves_no_rank(
     if not long:
         pytest.skip("in the long form")
     plan = {"rank": ranks - 1, **STEP, "nth": 20, "fault": "stall"} if "hangs" in state else None
-    run = tmp_path / "run"
-    job = start(ranks, tmp_path / "notes", "train", config, f"--run.dir={run}", plan=plan)
+    run, patience = tmp_path / "run", 3
+    options = (f"--run.dir={run}", f"--run.hang_timeout={patience}")
+    job = start(ranks, tmp_path / "notes", "train", config, *options, plan=plan)
     wait_for_step(run, 15, job)
     time.sleep(0.5)
     begin = time.monotonic()
     kill([job.process.pid])
-    seconds = job.wait_empty(10) - begin
-    result = f"no process left after {seconds:.2f} s"
-    table.row(f"SIGKILL of mpirun, {ranks} ranks {state}", 1, result, seconds <= 5)
+    seconds = job.wait_empty(patience + 10) - begin
+    # Where the launcher does not take a hanging rank with it, the watchdog ends it.
+    limit = 2 + (patience + 5 if plan else 0)
+    result = f"no process left after {seconds:.2f} s (limit {limit} s)"
+    table.row(f"SIGKILL of mpirun, {ranks} ranks {state}", 1, result, seconds <= limit)
 
 
 def wait_for_step(run: Path, step: int, job: Job) -> None:
