@@ -73,8 +73,11 @@ class _Origin:
 
 
 def _dotted(path: _Path) -> str:
-    """A path in one line, whatever a file's keys hold."""
-    return ".".join(key if key.isprintable() else repr(key) for key in path)
+    """A path in one line, not too long, whatever a file's keys hold."""
+    keys = (key if key.isprintable() else repr(key) for key in path)
+    return ".".join(
+        k if len(k) <= _LONGEST_VALUE else k[: _LONGEST_VALUE - 3] + "..." for k in keys
+    )
 
 
 # --- in ------------------------------------------------------------------------------------------

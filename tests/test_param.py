@@ -68,6 +68,31 @@ def test_uses_of_a_tied_parameter_share_its_value_and_have_gradients_of_their_ow
     assert tied.grad.sum() == 6 * 1.0 and not other.grad.any()
 
 
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_laid_out_is_allocated_without_the_arrays(zero: int) -> None:
+    replicas: Any = SimpleNamespace(axis="replicas", size=3, rank=1)
+    stores = [ParamStore(BACKEND, "float64", 1, zero=zero) for _ in range(2)]
+    for store in stores:
+        for use in range(2):
+            add(store, "tied", (40, 3), tied_use=use, reduce_over=(replicas,))
+            add(store, f"plain{use}", (7, 90), decay=use == 0, reduce_over=(replicas,))
+            store.next_layer()
+    stores[0].lay_out()
+    stores[1].allocate()
+    for planned, made in zip(*(store.arenas for store in stores), strict=True):
+        assert planned.value is planned.master is planned.grads is planned.grad is None
+        assert (planned.offsets, planned.size, planned.cuts) == (made.offsets, made.size, made.cuts)
+        for shared in (False, True):
+            kept = [(p.name, part) for p, part, _ in planned.kept(shared=shared)]
+            assert kept == [(p.name, part) for p, part, _ in made.kept(shared=shared)] != []
+        views = made.pieces(made.master) if zero else made.wholes(made.value)
+        for (param, part, view), (_, kept_part, place) in zip(
+            views, planned.kept(shared=zero > 0), strict=True
+        ):
+            assert part == kept_part and view.size == place.stop - place.start
+            assert part is not None or view.shape == param.shard.local_shape
+
+
 def test_a_later_use_alone_has_the_first_row() -> None:
     """As on the last stage of a pipeline, where the embedding is on another rank."""
     store = store_of()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.errors import UserError
@@ -248,7 +248,8 @@ def test_waiting_is_measured_where_the_rank_is_blocked() -> None:
     recorder = Recorder()
     sum_, norm = recorder.begin("data", "allreduce", 8), recorder.begin("world", "allreduce", 9)
     assert now(recorder).waiting is None
-    time.sleep(0.02)  # computing, with two calls under way
+    time.sleep(0.1)  # computing, with two calls under way
+    before = time.time()
     recorder.wait(sum_)
     recorder.wait(sum_)
     assert now(recorder).waiting.axis == "data"
@@ -258,12 +259,12 @@ def test_waiting_is_measured_where_the_rank_is_blocked() -> None:
     assert now(recorder).waiting.axis == "data" and now(recorder).waiting_since == since
     recorder.end(sum_)
     assert now(recorder).waiting is None
-    assert 0.02 <= now(recorder).waited < 0.035
+    assert 0.02 <= now(recorder).waited <= time.time() - before
     entry = recorder.begin("data", "barrier", 0, wait=True)
     assert now(recorder).waiting.op == "barrier"
     time.sleep(0.02)
     recorder.end(entry)
-    assert 0.04 <= now(recorder).waited < 0.07
+    assert 0.04 <= now(recorder).waited <= time.time() - before
 
 
 def test_the_call_that_the_rank_is_blocked_in_outlives_the_ring() -> None:
@@ -296,11 +297,10 @@ def test_a_file_is_read_while_it_is_written(python: Any, tmp_path: Path) -> None
     path = tmp_path / "rank-00000.bin"
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
     try:
-        deadline = time.time() + 20
-        while not path.exists() or not path.stat().st_size:
+        deadline = time.time() + 30
+        seen: set[int] = set()
+        while len(seen) < 50:
             assert time.time() < deadline
-        seen = set()
-        for _ in range(300):
             with contextlib.suppress(UserError):  # before its first page is there
                 flight = read_flight(path)
                 ring = flight.ring
@@ -308,7 +308,6 @@ def test_a_file_is_read_while_it_is_written(python: Any, tmp_path: Path) -> None
                 assert (ring["op"] == b"allreduce").all()
                 assert flight.waiting is None or flight.waiting.bytes % 3 == 0
                 seen.add(flight.calls)
-        assert len(seen) > 10
     finally:
         writer.kill()
         writer.wait()
@@ -351,6 +350,7 @@ def test_what_is_no_flight_file(tmp_path: Path, field: str, value: Any, why: str
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_damage_is_refused_or_read_as_something(data: Any) -> None:
     """Never a crash, nor anything that a diagnosis would stumble over."""

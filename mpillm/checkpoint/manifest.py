@@ -244,7 +244,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{what} is listed twice")
         arrays.add((array.kind, array.name))
         if array.dtype not in DTYPES:
-            raise ValueError(f"{what} has unknown dtype '{array.dtype[:20]}'")
+            raise ValueError(f"{what} has unknown dtype {array.dtype[:20]!r}")
         for piece in array.pieces:
             if not len(piece.start) == len(piece.stop) == len(array.shape):
                 raise ValueError(f"{what}: a piece has another number of axes")

@@ -125,10 +125,3 @@ def reason(error: OSError | UserError) -> str:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return " ".join(str(error).split())
-
-
-def save(folder: Any, step: int, items: Any, world: Any, *, keep: int, **facts: Any) -> Any:
-    from mpillm.checkpoint.saver import Saver  # until the loop uses it
-    from mpillm.checkpoint.settings import CheckpointSettings
-
-    return Saver(folder, world, world, CheckpointSettings(keep=keep)).save(step, items, **facts)

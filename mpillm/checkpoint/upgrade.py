@@ -24,7 +24,7 @@ def upgraded(manifest: Table, where: object) -> Table:
     if type(version) is not int or not 1 <= version <= VERSION:
         known = type(version) is int and version > VERSION
         raise UserError(
-            f"{where} has format version {str(version)[:20]}, which "
+            f"{where} has format version {repr(version)[:20]}, which "
             f"{'a newer mpillm has written' if known else 'no mpillm has ever written'}; this one "
             f"reads versions 1 to {VERSION}" + ("; install a newer one" if known else "")
         )

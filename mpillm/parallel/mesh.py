@@ -25,7 +25,7 @@ class Mesh:
     model (pipe x expert x tensor): those that hold every parameter between them.
     tied: the first and the last pipeline stage; of size 1 where they are one or this is neither.
     world: all ranks.
-    node: those that share this rank's node.
+    node: those that share this rank's node; for arrays of the host, whatever the backend.
     """
 
     pipe: Group
@@ -59,7 +59,8 @@ class Mesh:
             else:
                 members = self.grid.members(name, comm.rank)
                 part = comm.Split(min(members), members.index(comm.rank))
-            group = Group(part, name, backend, recorder, layout.reduction, message_limit)
+            device = Backend.create("numpy") if name == "node" else backend
+            group = Group(part, name, device, recorder, layout.reduction, message_limit)
             setattr(self, name, group)
 
     def free(self) -> None:

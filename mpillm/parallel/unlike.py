@@ -93,7 +93,9 @@ def departures(flight: Flight) -> dict[int, Departure]:
         return found
     # The oldest step is whole only if nothing was ever dropped.
     oldest = int(ring["step"][0]) + int(flight.ring["number"][0] > 1)
-    for step in range(oldest + 1, flight.step + 1):
+    for step in map(int, np.unique(ring["step"])):
+        if step <= oldest:
+            continue
         now, before = ring[ring["step"] == step], ring[ring["step"] == step - 1]
         length = min(len(now), len(before))
         unlike = np.flatnonzero(~_alike(now[:length], before[:length]))
@@ -143,4 +145,4 @@ def _next_sequence(flight: Flight, call: Call, before: int) -> int:
     alike = (ring["axis"] == call.axis.encode()) & (ring["peer"] == call.peer)
     if not call.collective:
         alike &= (ring["op"] == call.op.encode()) & (ring["tag"] == call.tag)
-    return int(ring["sequence"][alike].max()) + 1
+    return int(ring["sequence"][alike].max(initial=call.sequence)) + 1

@@ -178,11 +178,13 @@ def read_header(source: Source, address: int) -> Messages:
     fixed = 6 if flags & 4 else 4  # bytes before a message's content
     found: Messages = []
     for block in blocks:  # which grows
-        cursor = Cursor(block)
-        while cursor.left >= fixed:
-            kind, size, about = cursor.uint(1), cursor.uint(2), cursor.uint(1)
-            cursor.take(fixed - 4)
-            content = cursor.take(size)
+        at = 0
+        while at + fixed <= len(block):
+            kind, size, about = struct.unpack_from("<BHB", block, at)
+            content = block[at + fixed : at + fixed + size]
+            at += fixed + size
+            if at > len(block):
+                raise ValueError(f"a message of the object header at {address} is cut short")
             if kind == _CONTINUATION:
                 there, length = struct.unpack("<QQ", Cursor(content).take(16))
                 total += length

@@ -1,7 +1,7 @@
 """The one reader of JSON from disk: nothing is guessed, and nothing in a file can hurt.
 
 Beyond what JSON says: UTF-8 only, no key twice in an object, no NaN and no infinity (nor a number
-that becomes one), integers of at most 20 digits, at most `_DEEPEST` values inside each other.
+that becomes one), integers of at most 20 digits, printable keys, at most `_DEEPEST` values inside each other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mpillm.storage.disk import Damaged, read_file
 __all__ = ["parse_json", "read_json"]
 
 _DEEPEST = 64
+_LONGEST_KEY = 1000  # characters; error lines show keys
 _LONGEST_NUMBER = 50  # characters of a number with a point or an exponent
 
 
@@ -34,7 +35,7 @@ def parse_json(raw: bytes, where: object) -> Any:
     try:
         value = json.loads(
             raw.decode(),
-            object_pairs_hook=_unique_keys,
+            object_pairs_hook=_check_keys,
             parse_constant=_refuse_constant,
             parse_int=_integer,
             parse_float=_number,
@@ -63,8 +64,11 @@ def _check_depth(value: Any) -> None:
     raise ValueError("nested too deeply")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
+    for key in result:
+        if len(key) > _LONGEST_KEY or not key.isprintable():
+            raise ValueError(f"key {key[:50]!r} is too long or not printable")
     if len(result) < len(pairs):
         keys = sorted(key for key, _ in pairs)
         twice = next(key for key, after in pairwise(keys) if key == after)

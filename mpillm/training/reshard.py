@@ -66,7 +66,7 @@ def reshard(
     with Checkpoint.open(path) as checkpoint:
         config = _new_settings(checkpoint, target, parallel, ranks)
         model = build_model(config.model)
-        _check_arrays(checkpoint, model, config.parallel)
+        _check_arrays(checkpoint, model)
         files = _run_files(checkpoint)
         _check_target(checkpoint, files, target, config)
         lock = take_folder(target, fresh=False)
@@ -138,20 +138,19 @@ def _new_settings(
     )
 
 
-def _check_arrays(checkpoint: Checkpoint, model: Model, layout: ParallelSettings) -> None:
-    """UserError unless the checkpoint holds what the layout's ranks want, and nothing else."""
-    seen: set[tuple[str, str]] = set()
-    for rank in range(ranks_of(layout)):
-        for kind, param, _, _ in mine(planned(model, layout, rank)):
-            array = checkpoint.array(kind, param.name)
-            if array.shape != param.shard.shape or array.missing:
-                raise UserError(
-                    f"{checkpoint.path}: {kind} '{param.name}' has shape {array.shape} and lacks "
-                    f"{array.missing} elements; expected {param.shard.shape}, whole"
-                )
-            seen.add((kind, param.name))
+def _check_arrays(checkpoint: Checkpoint, model: Model) -> None:
+    """UserError unless the checkpoint holds all that a run of the model keeps, and nothing else."""
+    wanted = set()
+    for kind, param, _, _ in planned(model, ParallelSettings(data=1), 0):  # one rank has it all
+        wanted.add((kind, param.name))
+        array = checkpoint.array(kind, param.name)
+        if array.shape != param.shard.shape or array.missing:
+            raise UserError(
+                f"{checkpoint.path}: {kind} '{param.name}' has shape {array.shape} and lacks "
+                f"{array.missing} elements; expected {param.shard.shape}, whole"
+            )
     for array in checkpoint.manifest.arrays:
-        if (array.kind, array.name) not in seen:
+        if (array.kind, array.name) not in wanted:
             raise UserError(
                 f"{checkpoint.path} holds {array.kind} '{array.name}', which its model has not"
             )
@@ -177,9 +176,9 @@ def _check_target(
 ) -> None:
     """UserError where writing would touch the source, this step, or another run."""
     source = checkpoint.path
-    places = [source, source.parent] + [source.parent.parent] * (
-        source.parent.name == "checkpoints"
-    )
+    places = [source, source.parent]
+    if source.parent.name == "checkpoints":
+        places.append(source.parent.parent)
     if target.resolve() in [place.resolve() for place in places]:
         raise UserError(f"{target} is where {source} lies; choose another folder to write to")
     for other in list_checkpoints(target / "checkpoints"):

@@ -121,7 +121,7 @@ def _read_checkpoint(cases: Cases) -> None:
 def shard(rng: Random, cases: Cases) -> Callable[[], object]:
     """A checkpoint's HDF5 file, with its size and hash in the manifest right again."""
     name = f"checkpoint/shard-0000{rng.randrange(2)}.h5"
-    cases.hdf5(rng, name, f"optimizer/m/block.{rng.randrange(32):03d}.weight")
+    cases.hdf5(rng, name, f"parameter/block.{rng.randrange(1, 12):03d}.weight")
     raw = (cases.here / name).read_bytes()
     manifest = {**cases.manifest, "files": [dict(file) for file in cases.manifest["files"]]}
     if rng.random() < 0.9:
@@ -172,7 +172,8 @@ def tokenizer(rng: Random, cases: Cases) -> Callable[[], object]:
 def _read_export(path: Path) -> None:
     with open_export(path) as file:
         if isinstance(file, Hdf5File):
-            names = [f"{kind}/{name}" for kind in file.names() for name in file.names(kind)]
+            kinds = str(file.attributes().get("kinds")).split()
+            names = [f"{kind}/{name}" for kind in kinds for name in file.names(kind)]
         else:
             names = file.names()
         for name in names:

@@ -20,17 +20,17 @@ from mpillm.training.settings import RunConfig
 
 __all__ = ["make_files"]
 
-ARRAYS = 70  # so many names of a group lie in a heap, under a B-tree with inner nodes
+FEW = 12  # so many names of a group lie in a heap, under a B-tree
+MANY = 70  # the B-tree has inner nodes
 
 
 def make_files(folder: Path, seed: int) -> None:
     """Fill a folder; files of another seed differ in a few numbers, so that they can be spliced."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
-    step = 3 + seed
-    checkpoint = save_ranks(folder, step, _items(rng), keep=1, state={"skipped": [seed, 0.5]})
-    checkpoint.rename(folder / "checkpoint")
-    with Checkpoint.open(folder / "checkpoint") as source:
+    state = {"skipped": [seed, 0.5]}
+    save_ranks(folder, 3 + seed, _items(rng, FEW), state=state).rename(folder / "checkpoint")
+    with Checkpoint.open(save_ranks(folder, 3 + seed, _items(rng, MANY))) as source:
         export(source, folder / "export.h5", optimizer=True)
         export(source, folder / "export.safetensors", optimizer=True)
     splits = {"train": rng.integers(0, 60, 3000), "validation": rng.integers(0, 60, 90)}
@@ -54,11 +54,11 @@ def make_files(folder: Path, seed: int) -> None:
     recorder.flush()
 
 
-def _items(rng: np.random.Generator) -> list[list[Item]]:
+def _items(rng: np.random.Generator, count: int) -> list[list[Item]]:
     """Of two ranks: parameters cut by rows, first moments by ranges."""
     items: list[list[Item]] = [[], []]
-    for number in range(ARRAYS):
-        shape = ((6, 2), (4,), (2, 3, 2), ())[min(number % 40, 3) if number % 40 > 36 else number % 3]
+    for number in range(count):
+        shape = ((6, 2), (4,), (2, 3, 2))[number % 3] if number else ()
         kind = ("f4", "f4", "f8", "f2", "i8")[number % 5]
         array = rng.standard_normal(shape).astype(kind)
         name, whole = f"block.{number:03d}.weight", Shard.whole(shape)

@@ -121,7 +121,7 @@ ATTACKS: tuple[Callable[[h5py.File, str], None], ...] = (
     _link(lambda name: h5py.SoftLink("/elsewhere")),
     _link(lambda name: h5py.SoftLink(f"/{name}")),
     _link(lambda name: h5py.ExternalLink("other.h5", "/x")),
-    _link(lambda name: h5py.ExternalLink("", f"/{name}")),
+    _link(lambda name: h5py.ExternalLink("export.h5", f"/{name}")),
     _external_storage,
     _virtual,
     _compact,

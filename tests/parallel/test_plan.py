@@ -11,10 +11,14 @@ from layouts import TEXT, TINY
 from mpi4py import MPI
 from msgspec.structs import replace
 
+from mpillm.array.backend import Backend
 from mpillm.models.settings import build_model
 from mpillm.parallel.covering import covering
-from mpillm.parallel.grid import fit
+from mpillm.parallel.grid import GROUPS, Grid, fit
+from mpillm.parallel.layouts import layouts
+from mpillm.parallel.mesh import Mesh
 from mpillm.parallel.plan import PlannedMesh
+from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.training.cases import Case, cases_of, variants_of
 from mpillm.training.saving import mine, planned
@@ -71,6 +75,20 @@ def test_a_plan_is_what_the_ranks_hold(world: MPI.Intracomm, case: Case) -> None
     if layout.data == world.size > 1:
         assert max(loads) <= sum(loads) / len(loads) + max(sizes.values())
     trial.free()
+
+
+def test_the_groups_of_a_plan_are_those_of_the_mesh(world: MPI.Intracomm) -> None:
+    for layout in layouts(world.size, ParallelSettings()):
+        if layout.zero or layout.schedule != "1f1b" or layout.sequence:
+            continue
+        mesh = Mesh(world, layout, Backend.create("numpy"), Recorder())
+        plan = PlannedMesh(layout, world.rank)
+        for name in GROUPS:
+            ours, theirs = getattr(plan, name), getattr(mesh, name)
+            assert (ours.axis, ours.rank, ours.size) == (name, theirs.rank, theirs.size), layout
+            members = Grid(layout).members(name, world.rank)
+            assert (members.index(world.rank), len(members)) == (ours.rank, ours.size)
+        mesh.free()
 
 
 def test_the_groups_of_a_plan_cannot_be_called() -> None:
