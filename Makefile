@@ -75,7 +75,7 @@ verify-pairs: $(VENV)/installed ## so many of them that every two choices meet, 
 	$(MPIRUN) -n 8 $(BIN)/mpillm $(VERIFY) model.experts=0,5 --pairs --fresh --run.dir=runs/verify-pairs
 
 test-failures: $(VENV)/installed
-	$(PYTEST) tests/test_failures.py
+	$(PYTEST) tests/test_failures.py tests/faults/test_ends.py
 
 # The long form of the campaign, of which `make test` runs a short one; then how jobs end and hang
 # under the other MPI wheel; then all rows in one table.

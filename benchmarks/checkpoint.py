@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ def measure(comm: Any, folder: Path, options: argparse.Namespace) -> dict[str, l
         times.setdefault(what, []).append(slowest)
         return slowest
 
-    def one_beside() -> None:
-        beside.begin(step, items, **FACTS)
+    def loop(steps: int, saving: bool) -> None:
+        if saving:
+            beside.begin(step, items, **FACTS)
         train(steps)
 
     for turn in range(options.rounds):
@@ -140,13 +142,13 @@ def measure(comm: Any, folder: Path, options: argparse.Namespace) -> dict[str, l
         ways = [(True, "save"), (False, "save unverified")]
         for verify, what in ways if turn % 2 else ways[::-1]:
             step += 1
-            timed(what, lambda verify=verify: save(verify))  # type: ignore[misc]
+            timed(what, partial(save, verify))
         # As many steps as the writing may take, so that all of it falls among them.
         steps = 2 + int(4 * times["save"][-1] / options.step)
         step += 1
-        for what in ("loop", "loop with save") if turn % 2 else ("loop with save", "loop"):
-            timed(what, one_beside if what == "loop with save" else lambda: train(steps))
-            if what == "loop with save":
+        for saving in (False, True) if turn % 2 else (True, False):
+            timed("loop with save" if saving else "loop", partial(loop, steps, saving))
+            if saving:
                 note("stall", beside.stall_seconds)
                 beside.finish()
     mesh.free()
@@ -177,9 +179,9 @@ def report(
         return statistics.median(a / b for a, b in pairs)
 
     total = options.mib * ranks
+    median = {what: statistics.median(values) for what, values in times.items()}
     slower = [a - b for a, b in zip(times["loop with save"], times["loop"], strict=True)]
-    share = ratio("stall", "save")
-    rate = {what: total / statistics.median(times[what]) for what in ("plain", "save")}
+    stalls = [1000 * seconds for seconds in times["stall"]]
     rows = [
         ("plain file, fsync, sha256", "plain"),
         ("synchronous save", "save"),
@@ -195,25 +197,23 @@ def report(
         f"- {options.mib} MiB of state a rank, {total} MiB in all; {options.rounds - 1} rounds, in "
         f"turn; medians (and ranges); a step of the loop takes about {options.step:g} s",
         "",
-        "| | seconds | MiB/s | of plain |",
+        "| | seconds | MiB/s | times plain |",
         "|---|---|---|---|",
         *(
-            f"| {name} | {spread(times[what], '')} | "
-            f"{total / statistics.median(times[what]):,.0f} | {ratio(what, 'plain'):.2f} |"
+            f"| {name} | {spread(times[what], '')} | {total / median[what]:,.0f} | "
+            f"{ratio(what, 'plain'):.2f} |"
             for name, what in rows
         ),
         "",
-        f"An asynchronous save keeps training for {1000 * statistics.median(times['stall']):.0f} ms "
-        f"({1000 * min(times['stall']):.0f} to {1000 * max(times['stall']):.0f}), {share:.1%} of a "
-        f"synchronous save (goal: below {GOAL:.0%}).",
+        f"An asynchronous save keeps training for {spread(stalls, 'ms')}, "
+        f"{ratio('stall', 'save'):.1%} of a synchronous save (goal: below {GOAL:.0%}).",
         "",
         f"While it is written, training is slower: the same steps take {spread(slower)} longer, of "
-        f"{statistics.median(times['loop']):.2f} s, which is "
-        f"{statistics.median(slower) / statistics.median(times['save']):.0%} of a synchronous save. "
-        "Copying, hashing and comparing need a core, and here all cores compute.",
+        f"{median['loop']:.2f} s, which is {statistics.median(slower) / median['save']:.0%} of a "
+        "synchronous save. Copying, hashing and comparing need a core, and here all cores compute.",
         "",
-        f"Verified saves write {rate['save'] / rate['plain']:.0%} of what a plain write of the same "
-        "bytes writes in the same run.",
+        f"Verified saves write {median['plain'] / median['save']:.0%} of what a plain write of the "
+        "same bytes writes in the same time; they hash them twice and read them back.",
     ]
     if options.write:
         write_result(ROOT / "benchmarks" / "results", "checkpoint", lines)

@@ -38,6 +38,7 @@ _LONGEST_VALUE = 80  # characters of a given value that an error line shows
 _LARGEST_FILE = 256 * 2**10  # bytes
 _MOST_DOTS = 200  # in a line
 _DEEPEST = 32
+_MOST_BITS = 256
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -148,8 +149,8 @@ def _parse(text: str) -> dict[str, Any]:
     for _ in range(_DEEPEST):
         inner = [item.values() if isinstance(item, dict) else item for item in level]
         values = [value for items in inner for value in items]
-        if any(isinstance(value, int) and value.bit_length() > 64 for value in values):
-            raise ValueError("an integer has more than 64 bits")
+        if any(isinstance(value, int) and value.bit_length() > _MOST_BITS for value in values):
+            raise ValueError(f"an integer has more than {_MOST_BITS} bits")
         level = [value for value in values if isinstance(value, dict | list)]
         if not level:
             return table

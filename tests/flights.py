@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from mpillm.parallel.diagnosis import Diagnosis, diagnose
+from mpillm.parallel.diagnosis import diagnose
+from mpillm.parallel.findings import Diagnosis
 from mpillm.parallel.flight import Flight, parse
 from mpillm.parallel.recorder import Entry, Recorder
 

@@ -14,12 +14,12 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import pytest
-from checkpoint_fakes import items_of, save_ranks, state
+from checkpoint_fakes import items_of, on_ranks, save_ranks, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpillm.checkpoint import reader
-from mpillm.checkpoint.manifest import DTYPES, read_manifest
+from mpillm.checkpoint.manifest import DTYPES, manifest_bytes, read_manifest
 from mpillm.checkpoint.reader import Checkpoint, flat_boxes
 from mpillm.checkpoint.settings import CheckpointSettings
 from mpillm.checkpoint.store import Item
@@ -129,6 +129,34 @@ def test_more_files_than_are_held_open(tmp_path: Path, monkeypatch: pytest.Monke
         assert checkpoint.kinds() == ["parameter", "optimizer/m"]
         assert checkpoint.names() == list(state(1))
         assert checkpoint.shape("head.gain") == (4,)
+
+
+def test_one_rank_reads_the_manifest_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_ranks(tmp_path, 1, items_of(1, ranks=2))
+    reads: list[Path] = []
+
+    def count(folder: Path) -> bytes:
+        reads.append(folder)
+        return manifest_bytes(folder)
+
+    monkeypatch.setattr(reader, "manifest_bytes", count)
+    opened = on_ranks(3, lambda world: Checkpoint.open(path, world))
+    assert reads == [path]
+    with Checkpoint.open(path) as alone:
+        assert all(found.manifest == alone.manifest for found in opened)  # type: ignore[union-attr]
+    raw = (path / "manifest.json").read_bytes()
+    for content, message in (
+        (raw[:-9], "is damaged: not JSON"),
+        (None, "manifest.json is missing"),
+    ):
+        (path / "manifest.json").unlink(missing_ok=True)
+        if content is not None:
+            (path / "manifest.json").write_bytes(content)
+        errors = on_ranks(3, lambda world: Checkpoint.open(path, world))
+        assert len({str(error) for error in errors}) == 1 and message in str(errors[0])
+        assert all(isinstance(error, UserError) for error in errors)
 
 
 def test_only_overlapping_files_are_opened(tmp_path: Path) -> None:

@@ -145,11 +145,11 @@ def test_short_writes_and_reads_are_continued(
 def test_bytes_that_change_on_the_way_to_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
 ) -> None:
-    """A flip at every 37th byte as it is written is found, in the elements and between them."""
+    """A flip at every 149th byte as it is written is found, in the elements and between them."""
     write_shard(tmp_path / "good.h5", items())
     size = (tmp_path / "good.h5").stat().st_size
     plain, found = os.pwrite, set()
-    for place in range(0, size, 37):
+    for place in range(0, size, 149):
 
         def flip(handle: int, data: Any, at: int, place: int = place) -> int:
             raw = bytearray(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -268,6 +269,52 @@ def test_files_that_are_not_toml(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_bytes(b"a = '\xff'")
     with pytest.raises(UserError, match=r"job.toml: not UTF-8 text \(byte 5\)"):
         load(Config, tmp_path / "job.toml")
+
+
+DEEP = ".".join("a" * 150)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a = " + "[" * 100_000, "not TOML: nested too deeply"),
+        ("a = " + "{a=" * 50_000, "not TOML: nested too deeply"),
+        (f"{DEEP} = 1", "not TOML: nested too deeply"),
+        (f"[{DEEP}]\n{DEEP} = 1", "not TOML: nested too deeply"),
+        (f"# a comment\n{DEEP}.{DEEP} = 1", "not TOML: line 2 has more than 200 dots"),
+        ("a = 0x" + "f" * 65, "not TOML: an integer has more than 256 bits"),
+        ("a = 0x" + "f" * 100_000, "not TOML: an integer has more than 256 bits"),
+        ("a = " + "9" * 200_000, "not TOML: "),
+        ("a = 1\na = 2", "not TOML: Cannot overwrite a value"),
+        ("a = 1" + " " * 2**18, "more than 256 KiB; not a file of settings"),
+        ("a" * 100_000 + " = 1", "a" * 77 + "...: no such section; valid: numbers, shape, words"),
+        ('"a\\nb" = 1', r"'a\nb': no such section; valid: numbers, shape, words"),
+        ('a = "\\ud800"', "not TOML: Escaped character is not a Unicode scalar value"),
+        ('[shape]\nfamily = "a\\nb"', r"shape.family: no family 'a\nb'; did you mean 'box'?"),
+    ],
+)
+def test_hostile_files_are_refused_at_once_in_one_line(
+    tmp_path: Path, content: str, expected: str
+) -> None:
+    line = message(tmp_path, content)
+    assert line.startswith(f"job.toml: {expected}") and len(line) < 300 and line.isprintable()
+
+
+def test_options_cannot_hurt_either() -> None:
+    for value in ("[" * 50_000, "0x" + "f" * 50_000, f"{{{DEEP}=1}}"):
+        config = load(Config, {"shape": {"family": "box", "width": 1}}, [f"--words.name={value}"])
+        assert config.words.name == value
+
+
+def test_a_file_must_be_one(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    os.mkfifo(path)  # to read it would wait for a writer for ever
+    with pytest.raises(UserError, match=r"job\.toml: not a regular file"):
+        load(Config, path)
+    path.unlink()
+    (tmp_path / "other.toml").write_text('[shape]\nfamily = "box"\nwidth = 3\n')
+    path.symlink_to("other.toml")  # a user's file may be a link
+    assert load(Config, path).shape == Box(width=3)
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,6 +222,61 @@ def test_prepare_keeps_good_files_and_replaces_others(
     (tmp_path / "input.txt").write_text("other")
     prepare(settings, tmp_path, write=True)
     assert load_tokenizer(prepared.tokenizer).vocabulary_size == len(set("other"))
+
+
+def test_version_1_is_made_anew(tmp_path: Path) -> None:
+    """Also under a run that has learned from it, if the text and the settings are the same."""
+    sample = Path(__file__).parent / "samples" / "run-v1"
+    for name in ("text.txt", "tokens.h5", "tokenizer.json"):
+        shutil.copy(sample / name, tmp_path)
+    path = tmp_path / "tokens.h5"
+    with pytest.raises(UserError, match="has version 1; this mpillm reads 2, and makes it anew"):
+        TokenFile(path)
+    with h5py.File(path) as file:
+        fingerprint = file.attrs["fingerprint"].decode()
+        expected = {name: file[name][()] for name in file}
+    text = (str(tmp_path / "text.txt"),)
+    settings = DataSettings(text=text, validation=0.1)
+    with pytest.raises(UserError, match="has version 1; .*; it no longer says what it was made fr"):
+        prepare(DataSettings(text=text, validation=0.3), tmp_path, write=True, replace=False)
+    prepare(settings, tmp_path, write=True, replace=False)
+    tokens = TokenFile(path)
+    assert tokens.attributes["fingerprint"] == fingerprint
+    for name, ids in expected.items():
+        assert np.array_equal(tokens.read(name), ids)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (sample / "tokenizer.json").read_bytes()
+
+
+def test_what_a_run_has_learned_from_is_made_anew_only_from_the_same(
+    settings: DataSettings, tmp_path: Path
+) -> None:
+    path = prepare(settings, tmp_path, write=True).tokens
+    good = path.read_bytes()
+
+    def again(settings: DataSettings = settings) -> None:
+        prepare(settings, tmp_path, write=True, replace=False)
+
+    with pytest.raises(UserError, match="not the text or the settings that .*tokens.h5 was made"):
+        again(DataSettings(text=settings.text, validation=0.5))
+    assert path.read_bytes() == good
+    path.write_bytes(good[:-1000])  # the fingerprint is still there
+    again()
+    assert path.read_bytes() == good
+    for damaged in (
+        b"",
+        good.replace(TokenFile(path).attributes["fingerprint"].encode(), b"0" * 64),
+    ):  # type: ignore[union-attr]
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="tokens.h5.*move it away, and it is made anew"):
+            again()
+        assert path.read_bytes() == damaged
+        path.unlink()
+        again()
+        assert path.read_bytes() == good
+    path.unlink()
+    path.symlink_to("tokenizer.json")
+    with pytest.raises(UserError, match="tokens.h5 is not a regular file"):
+        again()
 
 
 def test_ranks_that_do_not_write_touch_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from flights import Job
 
-from mpillm.parallel.diagnosis import Diagnosis, diagnose
+from mpillm.parallel.diagnosis import diagnose
+from mpillm.parallel.findings import Diagnosis
 from mpillm.parallel.waiting import cycles
 from mpillm.parallel.wording import name_ranks
 

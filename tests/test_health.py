@@ -213,9 +213,11 @@ def test_a_shorter_window_keeps_the_last_losses() -> None:
         {"losses": [NAN]},
         {"losses": "12"},
         {"row": 3},
+        [],
+        "state",
     ],
 )
-def test_a_state_that_cannot_be_is_refused(state: dict[str, Any]) -> None:
+def test_a_state_that_cannot_be_is_refused(state: Any) -> None:
     with pytest.raises(UserError, match="^the checkpoint's state of skipped updates: ") as error:
         health().restore(state, 10)
     assert "\n" not in str(error.value)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from mpillm.errors import UserError
 from mpillm.parallel.diagnosis import diagnose
 from mpillm.parallel.flight import parse, read_flight, read_flights
-from mpillm.parallel.recorder import DEPTH, HEADER, RECORD, Recorder, start_ticks
+from mpillm.parallel.flight_format import DEPTH, HEADER, RECORD
+from mpillm.parallel.recorder import Recorder, start_ticks
 
 CALLS = st.lists(
     st.tuples(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import pytest
 
 from mpillm.errors import EXIT_HUNG, UserError
 from mpillm.parallel.flight import flight_name, read_flight
+from mpillm.parallel.hang_report import REPORT, processes_of, stack_name
 from mpillm.parallel.recorder import Recorder
-from mpillm.parallel.watchdog import REPORT, Watchdog, processes_of, stack_name
+from mpillm.parallel.watchdog import Watchdog
 
 BEAT = 0.1
-TIMEOUT = 0.6
+TIMEOUT = 0.4
 
 
 class Aborted:
@@ -43,15 +44,21 @@ def aborted() -> Aborted:
 Watch = Callable[..., Watchdog]
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For stacks of ranks that have no process."""
+    monkeypatch.setattr("mpillm.parallel.watchdog._STACKS", 0.3)
+
+
 @pytest.fixture
-def watch(tmp_path: Path, aborted: Aborted) -> Iterator[Watch]:
+def watch(tmp_path: Path, aborted: Aborted) -> Watch:
     """Makes the watchdog of rank 0 of two."""
 
     def make(recorder: Recorder, **options: Any) -> Watchdog:
         options = {"hang_timeout": TIMEOUT, "slow_timeout": 30.0, "beat": BEAT, **options}
         return Watchdog(recorder, tmp_path, aborted, **options)
 
-    yield make
+    return make
 
 
 def recorder_of(folder: Path, rank: int, size: int = 2) -> Recorder:
@@ -60,7 +67,7 @@ def recorder_of(folder: Path, rank: int, size: int = 2) -> Recorder:
 
 def test_it_beats(watch: Watch, tmp_path: Path, aborted: Aborted) -> None:
     recorder = recorder_of(tmp_path, 0, 1)
-    with watch(recorder):
+    with watch(recorder, hang_timeout=30.0):
         time.sleep(5 * BEAT)
         flight = read_flight(tmp_path / flight_name(0))
         assert flight.heartbeat is not None and time.time() - flight.heartbeat < 5 * BEAT
@@ -179,12 +186,12 @@ def test_one_looks_for_all(watch: Watch, tmp_path: Path, aborted: Aborted) -> No
     """A rank that waits, too, does not look before its time has come."""
     mine, _ = recorder_of(tmp_path, 0), recorder_of(tmp_path, 1)
     (tmp_path / "look").touch()
-    os.utime(tmp_path / "look", (time.time() + 3, time.time() + 3))
+    os.utime(tmp_path / "look", (time.time() + 1.5, time.time() + 1.5))
     begin = time.time()
     with watch(mine):
         mine.begin("data", "allreduce", 64, wait=True)
         assert aborted.happened.wait(20)
-    assert time.time() - begin > 2.5
+    assert time.time() - begin > 1.2
 
 
 def test_flights_on_a_disk_of_the_nodes_own(tmp_path: Path, aborted: Aborted) -> None:

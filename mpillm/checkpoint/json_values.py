@@ -8,12 +8,16 @@ from typing import Any
 __all__ = ["check_json"]
 
 _DEEPEST = 16
+_LONGEST_KEY = 200
 
 
 def check_json(value: Any, where: str, depth: int = 0) -> None:
     """ValueError unless a value can be written as JSON and read back equal."""
     inner: list[tuple[str, Any]] = []
-    if type(value) is dict and all(type(key) is str for key in value):
+    if type(value) is dict:
+        for key in value:
+            if type(key) is not str or len(key) > _LONGEST_KEY or not key.isprintable():
+                raise ValueError(f"{where} has the key {str(key)[:50]!r}, expected a short word")
         inner = [(f"{where}.{key}", item) for key, item in value.items()]
     elif isinstance(value, list | tuple):
         inner = [(f"{where}[{place}]", item) for place, item in enumerate(value)]

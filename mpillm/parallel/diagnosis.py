@@ -8,85 +8,21 @@ different calls.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
+from mpillm.parallel.findings import ORDER, Diagnosis, Finding, Kind
 from mpillm.parallel.flight import Flight
-from mpillm.parallel.unlike import Departure, departures, first_difference
-from mpillm.parallel.waiting import Places, Wait, cycles, waits_of
+from mpillm.parallel.unlike import Departure, astray, first_difference
+from mpillm.parallel.waiting import Places, Wait, cycles, outvoted, waits_of
 from mpillm.parallel.wording import Wording, name_ranks
 
 __all__ = ["SILENCE", "Diagnosis", "Finding", "diagnose"]
-
-Kind = Literal["mismatch", "ended", "silent", "deadlock", "outside", "activity", "missing", "stuck"]
 
 SILENCE = 2.5
 """Seconds without a heartbeat, of which there is one a second, after which a rank may be dead."""
 
 _NAMED = 3  # culprits of one finding that get a sentence each
 _HISTORIES = 64  # ranks whose steps are compared with each other, at most
-
-# The likeliest cause first: others may follow from it.
-_ORDER: tuple[Kind, ...] = (
-    "mismatch",
-    "ended",
-    "silent",
-    "deadlock",
-    "outside",
-    "activity",
-    "missing",
-    "stuck",
-)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One cause.
-
-    ranks: the culprits. axis, op, sequence: the call in which others wait for them, or that they
-    made otherwise than others; None where nobody waits. due: from when on, in seconds since the
-    epoch, this is a hang and not slowness.
-    """
-
-    kind: Kind
-    ranks: tuple[int, ...]
-    text: str
-    due: float
-    axis: str | None = None
-    op: str | None = None
-    sequence: int | None = None
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What was found at the moment `now`, the likeliest cause first.
-
-    lines: all of it in words, one a finding, then those who wait. waiting: the blocked ranks, those
-    that have waited longest first.
-    """
-
-    findings: tuple[Finding, ...]
-    lines: tuple[str, ...]
-    now: float
-    waiting: tuple[int, ...]
-
-    @property
-    def due(self) -> float:
-        """When it is a hang, in seconds since the epoch, unless something changes."""
-        return min((finding.due for finding in self.findings), default=float("inf"))
-
-    @property
-    def hung(self) -> bool:
-        """Whether the job will not go on by itself."""
-        return self.due <= self.now
-
-    @property
-    def culprits(self) -> tuple[int, ...]:
-        """The ranks at fault by now; where there are none, those that may become it."""
-        due = [finding for finding in self.findings if finding.due <= self.now] or self.findings
-        return tuple(dict.fromkeys(rank for finding in due for rank in finding.ranks))
 
 
 def diagnose(
@@ -148,7 +84,7 @@ class _Case:
         self._roots()
         self._stuck(explained)
         self._findings.sort(
-            key=lambda found: (found.due > self._now, _ORDER.index(found.kind), found.axis is None)
+            key=lambda found: (found.due > self._now, ORDER.index(found.kind), found.axis is None)
         )
         texts = [finding.text for finding in self._findings]
         waiting = dict.fromkeys(rank for wait in self._waits for rank in wait.waiting)
@@ -233,7 +169,7 @@ class _Case:
             if explained.intersection(ranks):
                 continue
             waits = [self._waits[-node - 1] for node in component if node < 0]
-            culprits = self._astray(self._outvoted(waits, ranks), among=ranks)
+            culprits = self._astray(outvoted(waits, ranks), among=ranks)
             text = f"{name_ranks(ranks)} wait for each other: "
             text += "; ".join(
                 self._words.blame(rank, self._wanted.get(rank)) for rank in culprits[:_NAMED]
@@ -242,30 +178,10 @@ class _Case:
                 text += f"; and so for {name_ranks(culprits[_NAMED:])}"
             self._add("deadlock", culprits, text, self._wanted.get(culprits[0]))
 
-    def _outvoted(self, waits: Sequence[Wait], ranks: Sequence[int]) -> list[int]:
-        """Of ranks in a deadlock those that most calls have in the minority, else all."""
-        votes: Counter[int] = Counter()
-        for wait in waits:
-            absent = set(wait.absent)
-            present = set(wait.members) - absent
-            if len(absent) != len(present):
-                votes.update(min(absent, present, key=len).intersection(ranks))
-        most = max(votes.values(), default=0)
-        return [rank for rank in ranks if votes[rank] == most]
-
     def _astray(self, ranks: Sequence[int], *, among: Sequence[int]) -> list[int]:
-        """Of ranks under suspicion those that depart from what they did before, else all.
-
-        Where all ranks `among` which they are do so in the same step, it differs on purpose.
-        """
-        if len(among) > _HISTORIES:
-            return list(ranks)
-        found = {r: departures(self._flights[r]) for r in among if r in self._flights}
-        common = set.intersection(*(set(steps) for steps in found.values()))
-        for rank, steps in found.items():
-            own = steps.keys() - common
-            if own:
-                self._departed[rank] = steps[min(own)]
+        """Of ranks under suspicion those that depart from what they did before, else all."""
+        if len(among) <= _HISTORIES:
+            self._departed.update(astray({r: self._flights.get(r) for r in among}))
         return [rank for rank in ranks if rank in self._departed] or list(ranks)
 
     # -- ranks that wait for nobody --------------------------------------------------------------

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mpillm.errors import UserError
+from mpillm.parallel.flight_format import HEADER, MAGIC, RECORD, VERSION
 from mpillm.parallel.grid import AXES
-from mpillm.parallel.recorder import HEADER, MAGIC, RECORD, VERSION
 from mpillm.storage.disk import read_file
 
 __all__ = [
@@ -43,7 +43,7 @@ _MOST_RANKS = 1 << 24
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a rank; `end` is None while it is under way. See `recorder.RECORD`."""
+    """One call of a rank; `end` is None while it is under way. See `flight_format.RECORD`."""
 
     number: int
     sequence: int

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mpillm.parallel.flight import Call, Flight, call_from
-from mpillm.parallel.recorder import IN_ACTIVITY
+from mpillm.parallel.flight_format import IN_ACTIVITY
 from mpillm.parallel.waiting import Wait
 
-__all__ = ["Departure", "departures", "first_difference"]
+__all__ = ["Departure", "astray", "departures", "first_difference"]
 
 _COMPARED = 1 << 20  # calls of a group that are compared with each other, at most
 _UNEVEN = "alltoall"  # to which every rank brings as much as it likes
@@ -104,6 +104,20 @@ def departures(flight: Flight) -> dict[int, Departure]:
         if length and (place < len(now) or (done and place < len(before))):
             found[step] = _departure(flight, now, before, place)
     return found
+
+
+def astray(flights: Mapping[int, Flight | None]) -> dict[int, Departure]:
+    """Of ranks that disagree those that depart from what they did before, and where first.
+
+    Where all of them do in the same step, that step differs on purpose.
+    """
+    found = {rank: departures(flight) for rank, flight in flights.items() if flight is not None}
+    common = set.intersection(*(set(steps) for steps in found.values())) if found else set()
+    return {
+        rank: steps[min(steps.keys() - common)]
+        for rank, steps in found.items()
+        if steps.keys() - common
+    }
 
 
 def _departure(flight: Flight, now: np.ndarray, before: np.ndarray, place: int) -> Departure:

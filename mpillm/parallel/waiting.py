@@ -7,14 +7,15 @@ several steps goes on only where it is driven on. Of a message it waits for the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mpillm.parallel.flight import Call, Flight
 from mpillm.parallel.grid import GROUPS, Grid
 from mpillm.parallel.settings import ParallelSettings
 
-__all__ = ["Places", "Wait", "cycles", "waits_of"]
+__all__ = ["Places", "Wait", "cycles", "outvoted", "waits_of"]
 
 _COMPARED = 1 << 20  # calls of a group that are compared with each other, at most
 
@@ -180,3 +181,15 @@ def cycles(edges: Mapping[int, tuple[int, ...]]) -> list[list[int]]:
                     if len(component) > 1:
                         found.append(component)
     return found
+
+
+def outvoted(waits: Iterable[Wait], ranks: Sequence[int]) -> list[int]:
+    """Of ranks that wait for each other those that most calls have in the minority, else all."""
+    votes: Counter[int] = Counter()
+    for wait in waits:
+        absent = set(wait.absent)
+        present = set(wait.members) - absent
+        if len(absent) != len(present):
+            votes.update(min(absent, present, key=len).intersection(ranks))
+    most = max(votes.values(), default=0)
+    return [rank for rank in ranks if votes[rank] == most]

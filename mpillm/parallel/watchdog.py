@@ -23,24 +23,26 @@ from pathlib import Path
 from types import TracebackType
 
 from mpillm.errors import EXIT_HUNG, UserError
-from mpillm.parallel.diagnosis import SILENCE, Diagnosis, diagnose
+from mpillm.parallel.diagnosis import SILENCE, diagnose
+from mpillm.parallel.findings import Diagnosis
 from mpillm.parallel.flight import HUNG, Flight, Flights, flight_name, parse, read_flights
-from mpillm.parallel.recorder import Recorder, start_ticks
+from mpillm.parallel.hang_report import (
+    DEAD,
+    REPORT,
+    is_running,
+    processes_of,
+    report_of,
+    silence,
+    stack_name,
+)
+from mpillm.parallel.recorder import Recorder
 
-__all__ = ["REPORT", "Watchdog", "processes_of", "stack_name"]
-
-REPORT = "report.txt"
+__all__ = ["Watchdog"]
 
 _STACKS = 2.0  # seconds that the report waits for the stacks of ranks that are alive
-_SHOWN = 3  # culprits whose stacks stand in the report
 _LEASE = 10.0  # seconds for one look
 _LONGEST = 60.0  # seconds between looks, at most
 _PATIENCE = 10.0  # seconds after which a rank ends a hanging job that another should have ended
-
-
-def stack_name(rank: int) -> str:
-    """Name of the file with a rank's Python stack."""
-    return f"rank-{rank:05d}.stack.txt"
 
 
 class Watchdog:
@@ -181,13 +183,13 @@ class Watchdog:
         self._published = self._time_of("look")
         self._publish()
         found = read_flights(self._folder)
-        if found.problems or any(f.host != _host() for f in found.flights.values()):
+        if found.problems or any(f.host != os.uname().nodename for f in found.flights.values()):
             # Others publish what they know within a beat.
             self._pause(2 * self._beat)
             found = read_flights(self._folder)
         diagnosis = self._diagnose(found)
-        recent = [r for r, f in found.flights.items() if _silence(f) > 1.5 * self._beat]
-        if diagnosis.hung and any(_silence(found.flights[r]) < SILENCE for r in recent):
+        recent = [r for r, f in found.flights.items() if silence(f) > 1.5 * self._beat]
+        if diagnosis.hung and any(silence(found.flights[r]) < SILENCE for r in recent):
             self._pause(self._beat)  # whether these live will show
             found = read_flights(self._folder)
             diagnosis = self._diagnose(found)
@@ -236,7 +238,7 @@ class Watchdog:
         self._wait_for_stacks(found)
         with contextlib.suppress(UserError):
             found = read_flights(self._folder)
-        report = self._report(found)
+        report = report_of(found, self._diagnose(found), self._folder, self._hang_timeout)
         with contextlib.suppress(OSError):
             _copy(report.encode(), self._folder / REPORT)
         print(report, file=sys.stderr, flush=True)
@@ -263,7 +265,7 @@ class Watchdog:
     def _signal_silent(self, found: Flights, number: signal.Signals) -> None:
         """Send a signal to the silent ranks of this node."""
         for rank, flight in found.flights.items():
-            if rank != self._recorder.rank and _silence(flight) > SILENCE and _is_here(flight):
+            if rank != self._recorder.rank and silence(flight) > SILENCE and is_running(flight):
                 with contextlib.suppress(OSError):  # gone by now
                     os.kill(flight.pid, number)
 
@@ -276,31 +278,12 @@ class Watchdog:
                 _copy(self._stack_path.read_bytes(), self._folder / self._stack_path.name)
 
     def _wait_for_stacks(self, found: Flights) -> None:
-        dead = {r for r, what in processes_of(found.flights).items() if what in _MUTE}
+        dead = {r for r, what in processes_of(found.flights).items() if what in DEAD}
         alive = [r for r, f in found.flights.items() if not f.left and r not in dead]
         paths = [self._folder / stack_name(rank) for rank in alive]
         deadline = time.time() + _STACKS
         while time.time() < deadline and not all(_size(path) for path in paths):
             time.sleep(0.1)
-
-    def _report(self, found: Flights) -> str:
-        """The diagnosis, and the stacks of the culprits and of one rank that waits."""
-        diagnosis = self._diagnose(found)
-        lines = [
-            f"mpillm: the job hangs (a rank stands still for {self._hang_timeout:g} s, "
-            "run.hang_timeout)",
-            *diagnosis.lines,
-            *found.problems.values(),
-        ]
-        culprits = diagnosis.culprits[:_SHOWN]
-        others = [rank for rank in diagnosis.waiting if rank not in culprits]
-        for rank in (*culprits, *others[:1]):
-            stack = _main_stack(self._folder / stack_name(rank))
-            if stack:
-                what = "" if rank in culprits else ", which waits"
-                lines += ["", f"Python stack of rank {rank}{what} (most recent call first):", stack]
-        lines += ["", f"stacks and flights of all ranks: {self._folder}"]
-        return "\n".join(lines)
 
     def _explain(self) -> None:
         """After an error of MPI: print whether ranks made different calls, which leads to one."""
@@ -333,49 +316,6 @@ class Watchdog:
             os.utime(path, (when, when))
 
 
-def processes_of(flights: dict[int, Flight]) -> dict[int, str]:
-    """What the system knows of the processes of silent ranks of this machine, in words."""
-    known = {}
-    for rank, flight in flights.items():
-        if flight.host == _host() and _silence(flight) > SILENCE:
-            known[rank] = _process(flight)
-    return known
-
-
-def _process(flight: Flight) -> str:
-    if start_ticks(flight.pid) != flight.ticks:
-        return "gone"
-    try:
-        state = Path(f"/proc/{flight.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "gone"
-    return _STATES.get(state, "running, but one of its threads keeps Python's lock")
-
-
-_MUTE = ("gone", "ended", "stopped by a signal", "stopped by a debugger")
-_STATES = {
-    "T": "stopped by a signal",
-    "t": "stopped by a debugger",
-    "Z": "ended",
-    "X": "ended",
-    "D": "waiting for a disk or a device",
-}
-
-
-def _is_here(flight: Flight) -> bool:
-    """Whether the rank's process is one of this machine, and not a later one of its number."""
-    return flight.host == _host() and flight.ticks != 0 == start_ticks(flight.pid) - flight.ticks
-
-
-def _host() -> str:
-    return os.uname().nodename
-
-
-def _silence(flight: Flight) -> float:
-    """Seconds since the last heartbeat; 0 where none is expected."""
-    return 0.0 if flight.heartbeat is None or flight.left else time.time() - flight.heartbeat
-
-
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -388,12 +328,3 @@ def _copy(content: bytes, target: Path) -> None:
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     temporary.write_bytes(content)
     temporary.replace(target)
-
-
-def _main_stack(path: Path) -> str:
-    """Of what faulthandler has written, the last thread: the one that the process began with."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    return text.strip().rpartition("(most recent call first):\n")[2]

@@ -96,7 +96,7 @@ class RowsFile:
         for line in lines:
             try:
                 entry = msgspec.json.decode(line, type=_Entry)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 continue
             self.rows[entry.key] = entry.row
         if lines:

@@ -97,9 +97,9 @@ class Hdf5File:
             found = metadata.decode_dataspace(metadata.one(messages, metadata.DATASPACE))
             cursor = metadata.one(messages, metadata.DATATYPE)
             kind = metadata.decode_datatype(cursor.take(cursor.left))
-            if shape not in (None, found):
+            if shape is not None and shape != found:
                 raise ValueError(f"it has shape {found}, expected {shape}")
-            if dtype not in (None, kind):
+            if dtype is not None and dtype != kind:
                 raise ValueError(f"it has elements of type {kind}, expected {dtype}")
             address, held = struct.unpack("<QQ", layout.take(16))
             if address == metadata.NOWHERE:

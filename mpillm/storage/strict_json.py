@@ -1,7 +1,8 @@
 """The one reader of JSON from disk: nothing is guessed, and nothing in a file can hurt.
 
-Beyond what JSON says: UTF-8 only, no key twice in an object, no NaN and no infinity (nor a number
-that becomes one), integers of at most 20 digits, printable keys, at most `_DEEPEST` values inside each other.
+Beyond what JSON says: UTF-8 only, keys that can be printed and none twice in an object, no NaN and
+no infinity (nor a number that becomes one), integers of at most 20 digits, at most `_DEEPEST`
+values inside each other.
 """
 
 from __future__ import annotations

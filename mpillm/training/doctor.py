@@ -14,7 +14,7 @@ from mpillm.config import load
 from mpillm.errors import UserError, did_you_mean
 from mpillm.parallel.diagnosis import SILENCE, diagnose
 from mpillm.parallel.flight import HUNG, Flight, Flights, read_flights
-from mpillm.parallel.watchdog import REPORT, processes_of, stack_name
+from mpillm.parallel.hang_report import REPORT, is_running, processes_of, stack_name
 from mpillm.parallel.wording import name_ranks
 from mpillm.storage.disk import file_size
 from mpillm.training.folder import private_folder
@@ -103,10 +103,10 @@ class _Case:
         self._seen = max(flight.seen for flight in self._flights.values())
         self._step = max(flight.step for flight in self._flights.values())
         clock = time.time()
-        # A live rank beats each second, and none of a job that has ended goes on.
-        self.alive = clock - self._seen < 2 * SILENCE and not all(
-            flight.ended for flight in self._flights.values()
-        )
+        # Of ranks elsewhere only their beats tell, one a second.
+        recent = clock - self._seen < 2 * SILENCE
+        running = [is_running(flight) for flight in self._flights.values() if not flight.ended]
+        self.alive = True in running or (recent and None in running)
         self._now = clock if self.alive else self._seen
         # Checkpoints by step: where the whole ones are, what is wrong with the others.
         self._whole: dict[int, Path] = {}
@@ -140,39 +140,44 @@ class _Case:
         for flight in self._flights.values():
             if flight.ended is not None:
                 alike.setdefault(flight.cause, []).append(flight)
-        lines = []
-        for cause, flights in sorted(alike.items(), key=lambda item: _first(item[1])):
-            ranks = name_ranks(flight.rank for flight in flights)
-            lines.append(f"{_clock(_first(flights))}  {ranks}: {cause}")
-        silent = [f for f in self._flights.values() if f.ended is None]
+        endings = [(_first(flights), cause, flights) for cause, flights in alike.items()]
+        silent = [flight for flight in self._flights.values() if flight.ended is None]
         if silent and not self.alive:
-            first = min(silent, key=lambda flight: flight.seen)
-            last = max(flight.seen for flight in silent)
-            ranks = name_ranks(flight.rank for flight in silent)
-            told = any(not cause.startswith(COMPLETE) for cause in alike)
-            why = (
-                "without a word, as the job was ended"
-                if told
-                else "without a word: killed (kill -9, out of memory, a time limit, a lost node)"
-            )
-            when = f", rank {first.rank} first" if last - first.seen > 1.0 else ""
-            lines.append(f"{_clock(first.seen)}  {ranks}: {why}{when}")
-            lines += [text for f in silent[:_SLOWEST] for text in self._crash(f)]
-        return lines
+            # A rank that is ended is seen until then or, with its last beat, up to a second less.
+            first = min(flight.seen for flight in silent)
+            told = [when for when, cause, _ in endings if not cause.startswith(COMPLETE)]
+            if told and min(told) < first + 1.5:
+                endings.append((max(first, *told), "without a word, as the job was ended", silent))
+            else:
+                endings.append((first, self._killed(silent), silent))
+        lines = [
+            f"{_clock(when)}  {name_ranks(flight.rank for flight in flights)}: {cause}"
+            for when, cause, flights in sorted(endings, key=lambda ending: ending[0])
+        ]
+        return lines + [text for flight in silent for text in self._crash(flight)]
 
-    def _crash(self, flight: Flight) -> Iterable[str]:
+    def _killed(self, silent: list[Flight]) -> str:
+        """In words, that ranks were killed; which was first, if that can be told."""
+        first, *others = sorted(silent, key=lambda flight: flight.seen)
+        text = "without a word: killed (kill -9, out of memory, a time limit, a lost node)"
+        if others and others[0].seen - first.seen > 1.5:
+            text += f", rank {first.rank} first"
+        return text
+
+    def _crash(self, flight: Flight) -> list[str]:
         """What the fault handler has written, should the rank have crashed."""
         try:
             text = (self._reports / stack_name(flight.rank)).read_text(errors="replace")
         except OSError:
-            return ()
-        return re.findall(r"^Fatal Python error: .*$", text, re.MULTILINE)[:1]
+            return []
+        found = re.search(r"^Fatal Python error: .*$", text, re.MULTILINE)
+        return [f"{_clock(flight.seen)}  rank {flight.rank}: {found[0]}"] if found else []
 
     def diagnosis(self) -> list[str]:
         """Why ranks wait, as the watchdog would tell."""
         settings = self._config.run if self._config else None
         if not self.alive and all(
-            (f.cause.startswith((COMPLETE, STOPPED))) for f in self._flights.values()
+            f.cause.startswith((COMPLETE, STOPPED)) for f in self._flights.values()
         ):
             return []
         found = diagnose(

@@ -145,7 +145,7 @@ class Health:
     def restore(self, state: Mapping[str, Any], step: int) -> None:
         """Put back what `state` gave after step number `step`; what is not there begins anew."""
         try:
-            found = msgspec.convert(dict(state), _State)
+            found = msgspec.convert(state, _State)
         except msgspec.ValidationError as error:
             raise UserError(f"the checkpoint's state of skipped updates: {error}") from None
         if not found.in_a_row <= found.skipped <= step or not all(map(math.isfinite, found.losses)):

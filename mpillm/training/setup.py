@@ -19,6 +19,7 @@ from mpillm.parallel.launch import agree
 from mpillm.parallel.mesh import Mesh
 from mpillm.parallel.recorder import Recorder
 from mpillm.training.folder import next_attempt, private_folder
+from mpillm.training.replicas import check_comparable
 from mpillm.training.settings import RunConfig
 from mpillm.training.trainer import resolve_batch
 
@@ -70,6 +71,7 @@ def open_data(config: RunConfig, comm: Comm) -> tuple[PreparedData, TokenFile]:
 
 def resolve(config: RunConfig, tokens: TokenFile) -> RunConfig:
     """The settings with everything that was left open filled in, and checked against each other."""
+    check_comparable(config.run, config.parallel)
     model, length = config.model, config.train.sequence_length
     if model.vocabulary and model.vocabulary < tokens.vocabulary_size:
         raise UserError(

@@ -2,8 +2,8 @@
 
 FOLDER holds whole files in `0` and `1` (`hostile_files`); each case is made in `here`. Case number
 n of a reader is always the same. This process may take little memory and each case little time;
-what breaks that, or a library, kills it, and the file `case` tells where. For each reader a line of
-JSON is printed: how many cases were read and how many refused, and what else was raised.
+what breaks that, or a library, kills it. For each case a line of JSON is printed: reader, number,
+"read", "refused" or "broken", and the words of what was raised.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mpillm.storage.hdf5 import Hdf5File
 from mpillm.training.settings import RunConfig
 
 MEMORY = 2**28  # bytes that a case may take beyond what the imported libraries have
-SECONDS = 10  # that a case may take
+SECONDS = 20  # that a case may take
 _TAIL = 64 + len('"}\n')
 
 
@@ -287,28 +287,16 @@ def run(cases: Cases, name: str, number: int) -> tuple[str, str]:
 
 def main() -> None:
     """Run the cases of the command line."""
-    folder = Path(sys.argv[1])
-    cases = Cases(folder)
+    cases = Cases(Path(sys.argv[1]))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with (folder / "case").open("w") as note:
-        for item in sys.argv[2:]:
-            name, first, stop = item.split(":")
-            found: dict[str, Any] = {"reader": name, "read": 0, "refused": 0, "broken": []}
-            for number in range(int(first), int(stop)):
-                note.seek(0)
-                note.write(f"{name}:{number:08d}")
-                note.truncate()
-                note.flush()
-                signal.alarm(SECONDS)  # not handled: it ends the process, wherever that is
-                how, words = run(cases, name, number)
-                if how == "broken":
-                    found["broken"].append([number, words])
-                else:
-                    found[how] += 1
-            print(json.dumps(found), flush=True)
+    for item in sys.argv[2:]:
+        name, first, stop = item.split(":")
+        for number in range(int(first), int(stop)):
+            signal.alarm(SECONDS)  # not handled: it ends the process, wherever that is
+            print(json.dumps([name, number, *run(cases, name, number)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -43,62 +46,116 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_whole_files_are_read(files: Path) -> None:
-    """The readers of the cases below see nothing wrong in files that nobody has touched."""
-    for change in ("bytes", "hdf5", "write_manifest", "seal"):
-        assert hasattr(Cases, change)
-    cases = Cases(files)
-    shutil.copytree(files / "0", cases.here)
-    for name in READERS:
-        read = READERS[name](Random(0), cases)
-        shutil.rmtree(cases.here)
-        shutil.copytree(files / "0", cases.here)
-        assert outcome(read) == ("read", ""), name
+@dataclass
+class Result:
+    """What came of the cases of a reader."""
+
+    read: int = 0
+    refused: int = 0
+    broken: list[str] = field(default_factory=list)
+
+    def add(self, number: int, how: str, words: str) -> None:
+        """Note a case."""
+        self.read += how == "read"
+        self.refused += how == "refused"
+        if how == "broken":
+            self.broken.append(f"case {number}: {words}")
+            assert len(self.broken) < 20, self.broken
 
 
-def test_mutated_files(
-    files: Path,
-    tmp_path: Path,
-    environment: dict[str, str],
-    table: Table,
-    long: bool,
-) -> None:
-    count = 1500 if long else 50
-    waiting = [(name, 0) for name in READERS]
-    found = {name: {"read": 0, "refused": 0} for name in READERS}
-    broken: dict[str, list[str]] = {name: [] for name in READERS}
-    while waiting:
+def read_cases(
+    script: Path, files: Path, names: Iterable[str], count: int, environment: dict[str, str]
+) -> dict[str, Result]:
+    """Have a process read the first `count` cases of readers, and another where one has died."""
+    results = {name: Result() for name in names}
+    waiting = dict.fromkeys(results, 0)
+    while any(first < count for first in waiting.values()):
         process = subprocess.run(
-            [sys.executable, Path(__file__).with_name("hostile.py"), files]
-            + [f"{name}:{first}:{count}" for name, first in waiting],
+            [sys.executable, script, files, *(f"{n}:{k}:{count}" for n, k in waiting.items())],
             capture_output=True,
             text=True,
             env=environment,
             check=False,
         )
         for line in process.stdout.splitlines():
-            result = json.loads(line)
-            name = result["reader"]
-            found[name] = {how: found[name][how] + result[how] for how in found[name]}
-            broken[name] += [f"case {number}: {words}" for number, words in result["broken"]]
-            del waiting[0]
-        if process.returncode:  # killed at a case: go on after it
-            name, number = (files / "case").read_text().split(":")
-            assert name == waiting[0][0], process.stderr
-            broken[name].append(f"case {number}: exit code {process.returncode}")
-            waiting[0] = name, int(number) + 1
-            assert len(broken[name]) < 20, broken
+            name, number, how, words = json.loads(line)
+            results[name].add(number, how, words)
+            waiting[name] = number + 1
+        if process.returncode:
+            assert process.returncode < 0, process.stderr  # else it is the script that is wrong
+            name = next(name for name, first in waiting.items() if first < count)
+            results[name].add(waiting[name], "broken", signal.Signals(-process.returncode).name)
+            waiting[name] += 1
+    return results
+
+
+def test_whole_files_are_read(files: Path) -> None:
+    """The readers of the cases below see nothing wrong in files that nobody has touched."""
+    cases = Cases(files)
+    for name, make in READERS.items():
+        shutil.copytree(files / "0", cases.here)
+        read = make(Random(0), cases)
+        shutil.rmtree(cases.here)
+        shutil.copytree(files / "0", cases.here)
+        assert outcome(read) == ("read", ""), name
+        shutil.rmtree(cases.here)
+
+
+def test_mutated_files(files: Path, environment: dict[str, str], table: Table, long: bool) -> None:
+    script = Path(__file__).with_name("hostile.py")
+    results = read_cases(script, files, READERS, 1500 if long else 50, environment)
     for name, what in WHAT.items():
-        kept = found[name]["read"], found[name]["refused"]
-        lost = "; ".join(broken[name][:3])
-        table.add(
-            f"mutated: {what}",
-            sum(kept) + len(broken[name]),
-            lost[:200] or f"{kept[0]:,} read, {kept[1]:,} refused in one line",
-            not broken[name] and kept[1] > 0,
-        )
-    assert not any(broken.values()), broken
-    assert all(min(counts.values()) > 0 for counts in found.values()), found
+        result = results[name]
+        good = f"{result.read:,} read, {result.refused:,} refused in one line"
+        count = result.read + result.refused + len(result.broken)
+        bad = "; ".join(result.broken)[:200]
+        table.add(f"mutated: {what}", count, bad or good, not bad and result.refused > 0)
+    assert not any(result.broken for result in results.values()), results
+    assert all(result.read and result.refused for result in results.values()), results
+
+
+def test_cases_that_break_their_reader_are_named(
+    files: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import hostile
+from mpillm.errors import UserError
+
+number = -1
+
+def read():
+    match number:
+        case 1: os.kill(os.getpid(), signal.SIGSEGV)
+        case 2: bytearray(2 * hostile.MEMORY)
+        case 3: raise UserError("two\\nlines")
+        case 4: raise UserError("one line")
+        case 5: time.sleep(60)
+        case 6: [][0]
+
+def make(rng, cases):
+    global number
+    number = rng
+    return read
+
+hostile.SECONDS = 1
+hostile.READERS = {{"test": make}}
+hostile.Random = lambda seed: int(seed.split()[1])
+hostile.main()
+"""
+    )
+    result = read_cases(script, files, ["test"], 8, environment)["test"]
+    assert [words.partition("(")[0] for words in result.broken] == [
+        "case 1: SIGSEGV",
+        "case 2: MemoryError",
+        r"case 3: not one line: 'two\nlines'",
+        "case 5: SIGALRM",
+        "case 6: IndexError",
+    ]
+    assert (result.read, result.refused) == (2, 1)  # cases 0 and 7, case 4
 
 
 def test_the_cases_are_the_same_every_time(files: Path) -> None:
