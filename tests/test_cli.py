@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,10 +106,18 @@ def test_usage_mistakes(
     assert capsys.readouterr().err == f"mpillm: error: {line}\n"
 
 
-def test_train_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stopped", "code"), [(None, 0), ("SIGUSR1", 85)])
+def test_train_passes_on_what_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, stopped: str | None, code: int
+) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(mpillm, "train", lambda config, **options: calls.append((config, options)))
-    assert main(["train", "--train.steps=5", "a.toml", "--fresh", "--run.dir=x"]) == 0
+
+    def train(config: object, **options: object) -> SimpleNamespace:
+        calls.append((config, options))
+        return SimpleNamespace(stopped=stopped)
+
+    monkeypatch.setattr(mpillm, "train", train)
+    assert main(["train", "--train.steps=5", "a.toml", "--fresh", "--run.dir=x"]) == code
     assert calls == [
         (Path("a.toml"), {"overrides": ["--train.steps=5", "--run.dir=x"], "fresh": True})
     ]

@@ -171,6 +171,19 @@ def test_a_sum_that_a_rank_does_not_drive_on() -> None:
     assert "entered allreduce #1 over data and does not go on" in found.lines[0]
 
 
+def test_a_call_never_made_tells_more_than_one_begun() -> None:
+    """Rank 2 loops with a sum under way, for which another has waited longer."""
+    job = Job(pipe=2, data=2)
+    job.begin(2, "replicas", "allreduce", wait=False)
+    job.begin(3, "replicas", "allreduce")
+    time.sleep(0.01)
+    job.begin(0, "pipe", "recv", peer=1)
+    job.begin(1, "world", "barrier")
+    found = job.diagnose()
+    assert kinds(found) == [("outside", (2,))]
+    assert found.lines[0].startswith("rank 2 never ")
+
+
 def test_a_message_that_was_made_and_not_delivered() -> None:
     job = Job(pipe=2)
     job.call([0], "pipe", "send", peer=1, tag=3)

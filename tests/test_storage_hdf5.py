@@ -165,6 +165,34 @@ def test_the_superblock_is_looked_at(path: Path) -> None:
         Hdf5File(path, len(raw))
 
 
+@pytest.mark.parametrize("count", [1, 20])
+def test_every_flipped_bit_of_the_metadata_is_noticed(path: Path, count: int) -> None:
+    """One by one, in all that is not elements; unused parts of blocks have checksums too."""
+    with h5py.File(path, "w", libver=FORMAT) as file:
+        for number in range(count):
+            file.create_dataset(f"array.{number}", data=np.full(8, 0x5A5A5A5A, "<u4"))
+    raw = path.read_bytes()
+
+    def read() -> None:
+        with Hdf5File(path) as ours:
+            assert len(ours.names()) == count
+            for number in range(count):
+                assert ours.find(f"array.{number}", np.dtype("<u4"), (8,)).size == 8
+
+    read()
+    unnoticed = 0
+    for place in range(0, len(raw), 1 if count == 1 else 37):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 4]) + raw[place + 1 :])
+        try:
+            read()
+            unnoticed += raw[place] != 0x5A
+        except Damaged as error:
+            assert raw[place] != 0x5A or count > 1
+            assert str(error).isprintable()
+    # With many names there is a list of free space in the file, which nobody needs.
+    assert unnoticed == 0 if count == 1 else unnoticed * 37 < 1500
+
+
 def test_user_defined_links(path: Path) -> None:
     """h5py makes none: the type of a link is changed, and the header's checksum put right."""
     with h5py.File(path, "w", libver=FORMAT) as file:

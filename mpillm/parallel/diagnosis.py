@@ -67,14 +67,17 @@ class _Case:
         places = self._places = Places(flights)
         self._words = Wording(flights, places, self._silent, now)
         self._waits = sorted(waits_of(flights, places), key=lambda wait: wait.since)
-        # The call in which others have waited for a rank longest.
-        self._wanted: dict[int, Wait] = {}
         for wait in self._waits:
             if not wait.pending and not set(wait.waiting) <= self._silent.keys():
                 # All have made it. One that stands still in it may hold up the others.
                 wait.passive = tuple(rank for rank in wait.members if rank in self._silent)
-            for rank in wait.pending:
-                self._wanted.setdefault(rank, wait)
+        # The call in which others have waited for a rank longest; one that the rank never made
+        # tells more than one that it has begun.
+        self._wanted: dict[int, Wait] = {}
+        for missed in (True, False):
+            for wait in self._waits:
+                for rank in wait.pending if bool(wait.absent) == missed else ():
+                    self._wanted.setdefault(rank, wait)
         self._departed: dict[int, Departure] = {}
         self._findings: list[Finding] = []
 

@@ -189,7 +189,9 @@ class _Run:
             reason = self._stopping.reason(note)
             reporter.line(f"stopped by {reason} after step {result.step}; the same command goes on")
             return TrainResult(self._folder, result.step, result.loss, None, reason)
-        reporter.plot(f"{self._folder.name}: {self._config.model.family}, {self._mesh.describe()}")
+        title = f"{self._folder.name}: {self._config.model.family}, {self._mesh.describe()}"
+        with recorder.activity("plot"):
+            reporter.plot(title)
         if val_loss is not None:
             reporter.line(f"validation loss {val_loss:.4f} nats a token over the whole split")
         reporter.line(f"done: {result.step} steps, all in {self._folder}")

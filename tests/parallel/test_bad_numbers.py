@@ -92,6 +92,32 @@ def test_a_sum_over_ranks_that_overflows(world: MPI.Intracomm, zero: int) -> Non
         assert put_in(run, make) == []
 
 
+def test_a_gradient_that_the_norm_does_not_count(world: MPI.Intracomm) -> None:
+    """Tensor ranks each compute a norm's gradient; the first one's is counted."""
+    if world.size == 1:
+        pytest.skip("there is one tensor rank")
+
+    def make(run: Run) -> Fault:
+        gradients, (stage,) = run.trainer.gradients, run.trainer.stages
+        done = gradients.layer_done
+        gain = next(p for p in stage.store.params if p.name == "block.001.norm2.gain")
+
+        def spoil(layer: Any, at: int) -> None:
+            if layer is stage.layers[2] and run.mesh.tensor.rank == 1:
+                gain.grad[3] = np.nan
+            done(layer, at)
+
+        def heal() -> None:
+            gradients.layer_done = done  # type: ignore[method-assign]
+
+        gradients.layer_done = spoil  # type: ignore[method-assign]
+        told = "an output or gradient that neither loss "
+        return Fault([told, f"first in the gradient of {gain.name} from ", "on rank 1 ("], heal)
+
+    with running(world, ParallelSettings(tensor=2)) as run:
+        assert put_in(run, make) == []
+
+
 @pytest.mark.parametrize("zero", [0, 3])
 def test_a_run_goes_on_bitwise_after_a_skipped_step(world: MPI.Intracomm, zero: int) -> None:
     """Nothing of a bad step is left, and a restored run counts updates as the first one did."""
@@ -142,6 +168,20 @@ def test_a_flipped_bit_is_found_and_located(
         check_replicas(run.trainer, run.mesh, run.backend)
         for _ in range(4):
             assert bad_numbers.one_bit(run) in ([], None)
+
+
+def test_replicas_of_experts_are_compared(world: MPI.Intracomm) -> None:
+    if world.size == 1:
+        pytest.skip("there is one replica")
+    with running(world, ParallelSettings(), MODELS["experts"]) as run:
+        params = run.trainer.stages[0].store.params
+        down = next(p for p in params if p.name == "block.001.experts.down.weight")
+        if run.on(1):
+            down.value[2, 1, 0] = np.nextafter(down.value[2, 1, 0], np.float32(9))
+        with pytest.raises(
+            UserError, match=rf"the weight {down.name} on .*rank 1 \(data 1.*: 1 of"
+        ):
+            check_replicas(run.trainer, run.mesh, run.backend)
 
 
 def test_there_is_no_false_alarm(world: MPI.Intracomm) -> None:
