@@ -92,6 +92,30 @@ def test_a_sum_over_ranks_that_overflows(world: MPI.Intracomm, zero: int) -> Non
         assert put_in(run, make) == []
 
 
+def test_where_a_bad_derivative_began(world: MPI.Intracomm) -> None:
+    """Everything below is bad then; the layer that the backward pass came to first is named."""
+
+    def make(run: Run) -> Fault:
+        (stage,), rank = run.trainer.stages, world.size - 1
+        layer = stage.layers[2]
+        backward = layer.backward
+
+        def spoil(*arguments: Any) -> Any:
+            (dx,) = backward(*arguments)
+            return (dx * np.nan,)
+
+        def heal() -> None:
+            layer.backward = backward  # type: ignore[method-assign]
+
+        if run.on(rank):
+            layer.backward = spoil  # type: ignore[method-assign]
+        return Fault(["first in the gradient of block.000.mlp.down.", f"on rank {rank} ("], heal)
+
+    for settings in (ParallelSettings(), ParallelSettings(zero=2)):
+        with running(world, settings) as run:
+            assert put_in(run, make) == []
+
+
 def test_a_gradient_that_the_norm_does_not_count(world: MPI.Intracomm) -> None:
     """Tensor ranks each compute a norm's gradient; the first one's is counted."""
     if world.size == 1:
