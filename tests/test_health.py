@@ -189,8 +189,9 @@ def test_a_checkpoint_without_state_begins_anew() -> None:
     one = health(spike_zscore=3.0)
     one.accept(2.0)
     one.skip(2, "why")
+    one.located = True
     one.restore({}, 100)
-    assert one.state() == health().state()
+    assert one.state() == health().state() and not one.located
 
 
 def test_a_shorter_window_keeps_the_last_losses() -> None:

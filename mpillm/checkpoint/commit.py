@@ -19,7 +19,7 @@ from pathlib import Path
 from mpillm.checkpoint.files import OLD, list_checkpoints, step_name, step_of
 from mpillm.checkpoint.manifest import MANIFEST, Manifest, decode, encode, read_manifest
 from mpillm.errors import UserError
-from mpillm.storage.disk import file_size, sync
+from mpillm.storage.disk import file_size, make_folder, sync
 
 __all__ = ["clean", "commit", "discard", "prepare", "retire", "temporary_folder"]
 
@@ -48,10 +48,7 @@ def prepare(folder: Path, step: int, needed: int) -> None:
 
     needed: bytes of all ranks' elements. Raises UserError when they do not fit.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    for path in reversed(made):
-        os.mkdir(path)
-        sync(path.parent)
+    make_folder(folder)
     clean(folder)
     free = shutil.disk_usage(folder).free
     if free < needed + _OVERHEAD:

@@ -55,7 +55,7 @@ DTYPES = {
 }
 """Element types by name, as they are stored: little-endian."""
 
-_MAX_BYTES = 256 * 2**20  # a manifest of 10,000 ranks takes about 10 MiB
+_MAX_BYTES = 64 * 2**20  # a manifest of 10,000 ranks takes about 10 MiB
 _TAIL = b'"}\n'
 _BLANK = "0" * 64
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, final
 import h5py
 import numpy as np
 
+from mpillm.storage.hdf5 import FORMAT
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = ["Skeleton"]
 
-_HDF5_FORMAT = ("v110", "v110")  # its metadata carry checksums; HDF5 1.10 and later read it
 _PAGE = 4096
 
 
@@ -29,7 +30,7 @@ class Skeleton:
 
     def __init__(self) -> None:
         self._memory = _SparseMemory()
-        self._file = h5py.File(self._memory, "w", libver=_HDF5_FORMAT)
+        self._file = h5py.File(self._memory, "w", libver=FORMAT)
         self._links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
         self._links.set_create_intermediate_group(True)
         self._settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

@@ -150,7 +150,9 @@ def _facts(path: Path, manifest: Manifest) -> list[str]:
         "depends on": ", ".join(f"{name} ({text[:12]})" for name, text in manifest.extra.items()),
         "files": f"{len(manifest.files):,}, {human(total)}",
     }
-    return [f"{name:<12}{text}" for name, text in facts.items() if text]
+    # What a file says must not move a terminal's cursor.
+    shown = {name: text if text.isprintable() else ascii(text) for name, text in facts.items()}
+    return [f"{name:<12}{text}" for name, text in shown.items() if text]
 
 
 def _bytes(array: Array) -> int:

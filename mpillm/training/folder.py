@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mpillm.checkpoint.store import latest
 from mpillm.errors import UserError
+from mpillm.storage import disk
 from mpillm.training.run_lock import RunLock
 
 __all__ = ["RunLock", "make_folder", "next_attempt", "private_folder", "take_folder"]
@@ -46,7 +47,7 @@ def take_folder(folder: Path, fresh: bool) -> RunLock:
 def make_folder(folder: Path) -> None:
     """Make the folder and those above it, where they are not there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(folder)
     except OSError as error:
         raise UserError(f"run.dir = {str(folder)!r}: cannot be made: {error.strerror}") from None
 

@@ -154,5 +154,6 @@ class Health:
                 f"{found.in_a_row} in a row, of {step} steps, and finite losses were expected"
             )
         self.skipped, self.in_a_row, self._row = found.skipped, found.in_a_row, found.row
+        self.located = False
         self._losses.clear()
         self._losses.extend(found.losses)

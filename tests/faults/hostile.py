@@ -244,19 +244,9 @@ def flight(rng: Random, cases: Cases) -> Callable[[], object]:
     return read
 
 
+_ALL = (shard, manifest, tokens, tokenizer, exported, safetensors, config, metrics, flight)
 READERS: dict[str, Callable[[Random, Cases], Callable[[], object]]] = {
-    reader.__name__: reader
-    for reader in (
-        shard,
-        manifest,
-        tokens,
-        tokenizer,
-        exported,
-        safetensors,
-        config,
-        metrics,
-        flight,
-    )
+    reader.__name__: reader for reader in _ALL
 }
 
 
