@@ -222,9 +222,10 @@ def _all_arrive(world: Comm) -> bool:
 
 def _print_error(text: str) -> None:
     """Write to standard error at once, in one piece, so that ranks do not mix their lines."""
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a launcher that is gone must not keep a rank from its end
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 # --- threads -------------------------------------------------------------------------------------

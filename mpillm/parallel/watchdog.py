@@ -81,6 +81,7 @@ class Watchdog:
         self._elsewhere = path is not None and path.parent.resolve() != folder.resolve()
         self._stack_path = (path.parent if path else folder) / stack_name(recorder.rank)
         self._published = 0.0
+        self._parent = os.getppid()
 
     def __enter__(self) -> Watchdog:
         """Begin. Raises UserError where the folder cannot be made."""
@@ -131,6 +132,10 @@ class Watchdog:
     def _run(self) -> None:
         while not self._stop.wait(self._beat):
             self._recorder.beat()
+            if self._recorder.size > 1 and os.getppid() != self._parent:
+                # Without their launcher the ranks would wait for each other, and keep the run.
+                self._recorder.goodbye("the launcher is gone")
+                self._abort(1)
             if self._hang_timeout:
                 self._arm()
                 self._watch()
@@ -241,7 +246,8 @@ class Watchdog:
         report = report_of(found, self._diagnose(found), self._folder, self._hang_timeout)
         with contextlib.suppress(OSError):
             _copy(report.encode(), self._folder / REPORT)
-        print(report, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the launcher may be gone, and this is an orphan
+            print(report, file=sys.stderr, flush=True)
         self._finish(found)
 
     def _wait_for_the_end(self) -> None:

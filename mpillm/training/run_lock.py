@@ -176,8 +176,9 @@ class RunLock:
 
 def _end_job(message: str) -> None:
     """End all ranks: another job writes into the folder."""
-    sys.stderr.write(f"mpillm: error: {message}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # where the launcher is gone, nobody reads it
+        sys.stderr.write(f"mpillm: error: {message}\n")
+        sys.stderr.flush()
     time.sleep(0.2)  # for the launcher to pass the line on
     abort(EXIT_USER_ERROR)
 
