@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from mpillm.errors import UserError, did_you_mean
+from mpillm.parallel.recorder import start_ticks
 from mpillm.training.settings import RunSettings
 
 __all__ = ["SAVE", "STOP", "Stopping", "seconds"]
@@ -128,9 +129,8 @@ def seconds(limit: int | str) -> float:
 
 def _process_age() -> float:
     """Seconds since this process began; 0 where the system does not tell."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):  # not Linux
+    ticks = start_ticks()
+    if not ticks:  # not Linux
         return 0.0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
