@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -100,7 +101,8 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it, where they are not there, to stay. Raises OSError."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(made):
-        path.mkdir(exist_ok=True)  # another process may be as far
+        with contextlib.suppress(FileExistsError):  # another process may be as far
+            os.mkdir(path)
         sync(path.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
