@@ -17,6 +17,7 @@ from mpillm.config import dump
 from mpillm.data.loader import EvaluationSet, Loader
 from mpillm.data.prepare import PreparedData
 from mpillm.data.tokens import TokenFile
+from mpillm.errors import UserError
 from mpillm.models.settings import build_model
 from mpillm.parallel.launch import abort, agree
 from mpillm.parallel.mesh import Mesh, fit
@@ -145,12 +146,16 @@ class _Run:
             return TrainResult(self._folder, start, None, None)
         reporter = Reporter.silent()
         if self._comm.rank == 0:
-            text = dump(self._config)
-            write_atomically(self._folder / "config.toml", lambda path: path.write_text(text))
+            text = dump(self._config).encode()
+            write_atomically(self._folder / "config.toml", lambda path: path.write_bytes(text))
             reporter = Reporter(self._folder, steps, start)
         try:
             self._introduce(reporter, start)
             return self._steps(reporter)
+        except UserError:  # raised by all ranks alike: what has begun to be saved shall stand
+            self._checkpoints.finish()
+            self._tell(reporter)
+            raise
         finally:
             reporter.close()
 
