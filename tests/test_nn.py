@@ -133,6 +133,7 @@ def mlp(bias: bool = True, drop: float = 0.0) -> Make:
 
 def block(bias: bool = True, drop: float = 0.0) -> Make:
     return lambda build: PreNormBlock(
+        build,
         norm(bias, "norm1")(build),
         attention(bias, drop)(build),
         norm(bias, "norm2")(build),

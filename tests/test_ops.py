@@ -282,6 +282,12 @@ def sum_rows(ops: Ops, x: Inputs) -> Sequence[Any]:
     return ()
 
 
+def bias_and_residual(ops: Ops, x: Inputs) -> Sequence[Any]:
+    ops.add_bias(x["x"], x["out"])
+    assert ops.add_residual(x["x"], x["y"]) is x["y"]
+    return (ops.matmul(ops.operand(x["x"]), ops.operand(x["y"]).T),)
+
+
 def rows_case(run: Callable[[Ops, Inputs], Sequence[Any]], *shape: int, bias: bool = True) -> Case:
     inputs = {
         "x": normal(1, *shape) + 0.3,
@@ -298,6 +304,11 @@ CASES: dict[str, Case] = {
     "matmul over nothing": matmul_case((2,), 3, 0, 4),
     "matmul of nothing": matmul_case((), 0, 4, 3),
     "sum_rows": Case({"x": normal(1, 40, 6), "out": normal(2, 6)}, sum_rows),
+    "bias and residual": Case(
+        {"x": normal(1, 40, 6), "out": normal(2, 6), "y": normal(3, 40, 6)},
+        bias_and_residual,
+        ("x", "y"),
+    ),
     "layernorm": rows_case(layernorm, 2, 5, 33),
     "layernorm without bias": rows_case(layernorm, 2, 5, 33, bias=False),
     "layernorm of nothing": rows_case(layernorm, 0, 33),
@@ -370,6 +381,17 @@ def test_every_backend_agrees_with_the_reference(backend: Backend, name: str, dt
             assert after.tobytes() == before.tobytes(), f"{label} was overwritten"
 
 
+TILES = {"fast_numpy._TILE": 16, "fast_attention._TILE": 24, "fast_attention._QUERIES": 2}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_tiles_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that the cases do in one tile, in several, the last of them not full."""
+    for place, size in TILES.items():
+        monkeypatch.setattr(f"mpillm.array.{place}", size)
+    test_every_backend_agrees_with_the_reference(Backend.create("numpy"), name, "float64")
+
+
 def public(kind: type) -> set[str]:
     return {name for name, what in vars(kind).items() if callable(what) and name[0] != "_"}
 
@@ -387,10 +409,14 @@ def test_there_is_a_case_for_every_operation() -> None:
     assert called >= public(Ops)
 
 
+def heirs(kind: type) -> list[type]:
+    return [heir for child in kind.__subclasses__() for heir in (child, *heirs(child))]
+
+
 def test_tuned_versions_have_the_signatures_of_the_reference() -> None:
     for module in pkgutil.iter_modules(mpillm.array.__path__):
         importlib.import_module(f"mpillm.array.{module.name}")
-    tuned = [kind for kind in Ops.__subclasses__() if kind.__module__.startswith("mpillm.")]
+    tuned = [kind for kind in heirs(Ops) if kind.__module__.startswith("mpillm.")]
     assert FastNumpyOps in tuned
     for kind in tuned:
         assert public(kind) and public(kind) <= public(Ops)

@@ -37,6 +37,13 @@ class Ops(RoutingOps):
 
     # -- products ------------------------------------------------------------------------------
 
+    def operand(self, x: Any) -> Any:
+        """`x` as an operand of products: itself, or a copy of the precision that they have.
+
+        Who takes part in several products is made an operand once.
+        """
+        return x
+
     def matmul(self, a: Any, b: Any, out: Any = None, accumulate: bool = False) -> Any:
         """The matrix product `a @ b`: the only one in the package.
 
@@ -53,6 +60,15 @@ class Ops(RoutingOps):
     def sum_rows(self, x_no: Any, out_o: Any) -> None:
         """Add the sum over the rows of `x_no` to `out_o`: the gradient of a bias."""
         out_o += x_no.sum(axis=0)
+
+    def add_bias(self, y_no: Any, bias_o: Any) -> None:
+        """Add a bias to every row of `y_no`, in place."""
+        y_no += bias_o
+
+    def add_residual(self, x: Any, y: Any) -> Any:
+        """x + y, in place of `y`, which is returned."""
+        y += x
+        return y
 
     # -- layer norm ----------------------------------------------------------------------------
 
@@ -238,9 +254,11 @@ class Ops(RoutingOps):
         lse[...] = xp.where(seen, top + xp.log(total), -xp.inf)
 
     def attention_backward(
-        self, d_out: Any, out: Any, lse: Any, saved: Any
+        self, d_out: Any, out: Any, lse: Any, saved: Any, into: Any = None
     ) -> tuple[Any, Any, Any]:
         """Returns (dq, dk, dv). `out` and `lse` are those over all keys of the sequence.
+
+        into: room for the three, that may be used in place of new arrays.
 
         Dao et al. 2022, "FlashAttention", algorithm 4: the probabilities are computed anew from
         the log-sum-exp, so the forward pass keeps none; ds = p * (dp - sum(d_out * out)).

@@ -118,6 +118,7 @@ def build(settings: Settings) -> Model:
                 drop=s.dropout,
             )
             block = PreNormBlock(
+                build,
                 norm1,
                 recomputed(build, "attention", attention),
                 norm(build, f"{name}.norm2"),

@@ -140,13 +140,14 @@ class SelfAttention(Layer):
         (d_merged,) = self.out.backward(d_outputs, saved_out, micro)
         d_out = d_merged.reshape(b, t, self._heads, self._head_width).transpose(0, 2, 1, 3)
         d_qkv = self._backend.empty((b, t, 3, self._heads, self._head_width), d_out.dtype)
-        # dq, dk, dv are (b, h, t, e)
+        into = tuple(d_qkv.transpose(2, 0, 3, 1, 4))  # dq, dk, dv (b, h, t, e), views
         if micro.keys:
             parts = self._ring.backward(d_out, out, lse, saved_attention, micro)
         else:
-            parts = self._backend.ops.attention_backward(d_out, out, lse, saved_attention)
-        for part, d_part in enumerate(parts):
-            d_qkv[:, :, part] = d_part.transpose(0, 2, 1, 3)
+            parts = self._backend.ops.attention_backward(d_out, out, lse, saved_attention, into)
+        for room, part in zip(into, parts, strict=True):
+            if part is not room:
+                room[...] = part
         flat = d_qkv.reshape(b, t, 3 * self._heads * self._head_width)
         return self.qkv.backward((flat,), saved_qkv, micro)
 

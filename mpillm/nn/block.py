@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpillm.nn.layer import Arrays, Layer, Micro
+from mpillm.nn.layer import Arrays, Build, Layer, Micro
 
 __all__ = ["PreNormBlock"]
 
@@ -16,7 +16,10 @@ class PreNormBlock(Layer):
     mixtures of experts also the auxiliary loss so far, float64 (1,), to which a mixture adds.
     """
 
-    def __init__(self, norm1: Layer, attention: Layer, norm2: Layer, mlp: Layer) -> None:
+    def __init__(
+        self, build: Build, norm1: Layer, attention: Layer, norm2: Layer, mlp: Layer
+    ) -> None:
+        self._ops = build.backend.ops
         self.norm1 = norm1
         self.attention = attention
         self.norm2 = norm2
@@ -29,7 +32,7 @@ class PreNormBlock(Layer):
         for norm, branch in ((self.norm1, self.attention), (self.norm2, self.mlp)):
             hidden, saved_norm = norm.forward((x,), micro)
             (y, *losses), saved_branch = branch.forward(hidden, micro)
-            x = x + y
+            x = self._ops.add_residual(x, y)
             if losses:
                 auxiliary = [auxiliary[0] + losses[0]]
             saved.append((saved_norm, saved_branch, len(losses)))
@@ -42,7 +45,7 @@ class PreNormBlock(Layer):
             saved_norm, saved_branch, losses = saved.pop()
             d_hidden = branch.backward((dy, *d_auxiliary[:losses]), saved_branch, micro)
             d_hidden = norm.backward(d_hidden, saved_norm, micro)
-            dy = dy + d_hidden[0]
+            dy = self._ops.add_residual(dy, d_hidden[0])
         return (dy, *d_auxiliary)
 
     def new_state(self, b: int, capacity: int) -> dict[str, Any]:

@@ -77,18 +77,21 @@ class ColumnLinear(Layer):
     def forward(self, inputs: Arrays, micro: Micro) -> tuple[Arrays, Any]:
         """This rank's rows of x -> all rows of this rank's y (b, t, local outputs)."""
         (x,) = inputs
-        whole = self._rows.gather(x, *micro.shape)
-        x_ni = whole.reshape(-1, self.inputs)
-        y_no = self._ops.matmul(x_ni, self.weight.value.reshape(-1, self.inputs).T)
+        ops = self._ops
+        shape = (*micro.shape, self.width)
+        x = ops.operand(x)
+        x_ni = self._rows.gather(x, *micro.shape).reshape(-1, self.inputs)
+        y_no = ops.matmul(x_ni, self._weight_oi().T)
         if self.bias is not None:
-            y_no += self.bias.value.reshape(-1)
-        return (y_no.reshape(*whole.shape[:-1], self.width),), x if micro.training else None
+            ops.add_bias(y_no, self.bias.value.reshape(-1))
+        return (y_no.reshape(shape),), x if micro.training else None
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
         """All rows of dy of this rank's outputs -> its rows of dx, summed over the ranks."""
         (dy,) = d_outputs
         x, weight, bias, ops = saved, self.weight, self.bias, self._ops
-        dy_no = dy.reshape(math.prod(dy.shape[:-1]), self.width)
+        rows_no = dy.reshape(math.prod(dy.shape[:-1]), self.width)
+        dy_no = ops.operand(rows_no)
 
         def add_gradients() -> None:
             # The rows are gathered anew here and not before: work that is put off then holds this
@@ -98,11 +101,15 @@ class ColumnLinear(Layer):
             grad_oi = weight.grad.reshape(-1, self.inputs)
             ops.matmul(dy_no.T, x_ni, out=grad_oi, accumulate=True)
             if bias is not None:
-                self._add_bias_gradient(dy_no, bias)
+                self._add_bias_gradient(rows_no, bias)
 
         micro.gradients.add((weight,) if bias is None else (weight, bias), add_gradients)
-        dx_ni = ops.matmul(dy_no, weight.value.reshape(-1, self.inputs))
+        dx_ni = ops.matmul(dy_no, self._weight_oi())
         return (self._rows.sum(dx_ni.reshape(*dy.shape[:-1], self.inputs)),)
+
+    def _weight_oi(self) -> Array:
+        """The weight as a matrix, an operand of products."""
+        return self._ops.operand(self.weight.value.reshape(-1, self.inputs))
 
     def _add_bias_gradient(self, dy_no: Array, bias: Param) -> None:
         if self._bias_at_rest is None:
@@ -166,25 +173,30 @@ class RowLinear(Layer):
         """All rows of this rank's x (b, t, local inputs) -> its rows of y, summed over ranks."""
         (x,) = inputs
         # Where this rank has no input, b*t cannot be inferred from x, which is empty.
-        x_ni = x.reshape(math.prod(x.shape[:-1]), self.width)
-        y_no = self._ops.matmul(x_ni, self.weight.value.reshape(self.outputs, self.width).T)
+        x_ni = self._ops.operand(x.reshape(math.prod(x.shape[:-1]), self.width))
+        y_no = self._ops.matmul(x_ni, self._weight_oi().T)
         y = self._rows.sum(y_no.reshape(*x.shape[:-1], self.outputs))
         if self.bias is not None:
-            y += self.bias.value
+            self._ops.add_bias(y, self.bias.value)
         return (y,), x_ni if micro.training else None
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
         """This rank's rows of dy -> all rows of dx of this rank's inputs."""
         x_ni, weight, bias, ops = saved, self.weight, self.bias, self._ops
         dy = self._rows.gather(d_outputs[0], *micro.shape)
-        dy_no = dy.reshape(-1, self.outputs)
+        rows_no = dy.reshape(-1, self.outputs)
+        dy_no = ops.operand(rows_no)
 
         def add_gradients() -> None:
             grad_oi = weight.grad.reshape(self.outputs, self.width)
             ops.matmul(dy_no.T, x_ni, out=grad_oi, accumulate=True)
             if bias is not None:
-                ops.sum_rows(dy_no, bias.grad)
+                ops.sum_rows(rows_no, bias.grad)
 
         micro.gradients.add((weight,) if bias is None else (weight, bias), add_gradients)
-        dx_ni = ops.matmul(dy_no, weight.value.reshape(self.outputs, self.width))
+        dx_ni = ops.matmul(dy_no, self._weight_oi())
         return (dx_ni.reshape(*dy.shape[:-1], self.width),)
+
+    def _weight_oi(self) -> Array:
+        """The weight as a matrix, an operand of products."""
+        return self._ops.operand(self.weight.value.reshape(self.outputs, self.width))

@@ -160,20 +160,26 @@ class Arena:
     # -- arrays ------------------------------------------------------------------------------------
 
     def allocate(self, backend: Backend, dtype: Any, gradients: bool = True) -> None:
-        """Make the arrays that stay, all zeros, and bind the views of the parameters."""
+        """Make the arrays that stay, all zeros, and bind the views of the parameters.
+
+        What `reduce_over[0]` sums or gathers lies where it need not be copied for that, if there
+        are gradients: else there is nothing to sum, nor an update to be gathered. Collective.
+        """
         self._dtype = dtype
         own = self.counts[self.rank]
+        summed, gathered = gradients and self.zero < 2, gradients and self.zero > 0
+        together, alone = self.reduce_over[0].zeros, backend.zeros
         if self.zero == 3:
-            self.master = backend.zeros((own,), dtype)
+            self.master = (together if gathered else alone)((own,), dtype)
         else:
-            self.value = backend.zeros((self.size,), dtype)
+            self.value = (together if gathered else alone)((self.size,), dtype)
             self.master = self.value[self.part]
             self._bind_values()
-        if self.zero >= 2 and gradients:
-            self.grad = backend.zeros((own,), dtype)
-        elif gradients:
-            self.bind_grads(backend.zeros((self.rows, self.size), dtype))
+        if summed:
+            self.bind_grads(together((self.rows, self.size), dtype))
             self.grad = self.grads[0, self.part]
+        elif gradients:
+            self.grad = alone((own,), dtype)
 
     def open_grads(self, pool: Pool) -> None:
         """Make sure that gradients can be added to; where they are sharded they begin at zero."""
