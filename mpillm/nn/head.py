@@ -1,8 +1,10 @@
 """The end of a language model: final norm, projection to the vocabulary, cross-entropy.
 
 They are one layer, so that the logits of a whole micro-batch need never exist: rows are taken in
-chunks, and the backward pass computes a chunk's logits anew. The vocabulary is cut over the tensor
-group; three small sums over it give each row's loss (Shoeybi et al. 2019, section 3).
+chunks. Where the backward pass of a micro-batch follows its forward pass at once, a chunk's logits
+are used for both and let go; otherwise the backward pass computes them anew. The vocabulary is cut
+over the tensor group; three small sums over it give each row's loss (Shoeybi et al. 2019, section
+3).
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LanguageModelHead"]
 
-# Logits that exist at once on a rank, at most (but never less than one row).
-_CHUNK = 1 << 22
+# Logits that exist at once on a rank, at most (but never less than one row): 64 MiB of float32, so
+# that products have hundreds of rows for each time that they read the weight.
+_CHUNK = 1 << 24
 
 
 class LanguageModelHead(Layer):
@@ -63,15 +66,28 @@ class LanguageModelHead(Layer):
             return (self._all_logits(x, micro),), None
         (y,), saved_norm = self._norm.forward((x,), micro)
         y_nd = self._all_rows(y, micro)
+        ops, weight_vd = self._backend.ops, self._weight_vd()
         labels_n, mask_n = micro.labels.reshape(-1), micro.mask.reshape(-1)
         total, sums = self._backend.zeros((), "float64"), []
-        for rows in self._chunks(y_nd.shape[0]):
-            _, row_max, exp_sum, target = self._chunk(y_nd[rows], labels_n[rows])
+        fused = micro.training and micro.scale is not None
+        dy_nd = self._backend.empty(y_nd.shape, mask_n.dtype) if fused else None
+        for rows in self._chunks(len(y_nd)):
+            logits = ops.matmul(y_nd[rows], weight_vd.T)
+            row_max, exp_sum, target = self._sums(logits, labels_n[rows])
             loss_n = (self._backend.xp.log(exp_sum) - target) * mask_n[rows]
             total += loss_n.sum(dtype="float64")
-            sums.append((row_max, exp_sum))
-        saved = (saved_norm, y, sums, len(auxiliary)) if micro.training else None
-        return (total, *auxiliary), saved
+            if fused:
+                weight_n = mask_n[rows] * micro.scale
+                d_logits = ops.cross_entropy_backward(
+                    logits, exp_sum, labels_n[rows], weight_n, self._first
+                )
+                self._derivatives(d_logits, y_nd[rows], weight_vd, dy_nd[rows], micro)
+            else:
+                sums.append((row_max, exp_sum))
+        if not micro.training:
+            return (total, *auxiliary), None
+        kept = dy_nd if fused else (y, sums)
+        return (total, *auxiliary), (saved_norm, kept, len(auxiliary))
 
     def backward(self, d_outputs: Arrays, saved: Any, micro: Micro) -> Arrays:
         """(the derivative of the step's loss by a token's loss, a float) -> this rank's dx.
@@ -79,45 +95,74 @@ class LanguageModelHead(Layer):
         Followed by the derivative by the auxiliary loss, the same number, if there is one.
         """
         (scale,) = d_outputs
-        saved_norm, y, sums, losses = saved
-        y_nd = self._all_rows(y, micro)
-        labels_n, weight_n = micro.labels.reshape(-1), micro.mask.reshape(-1) * scale
-        dy_nd = self._backend.empty(y_nd.shape, y_nd.dtype)
-        ops, weight = self._backend.ops, self.weight
-        for rows, (row_max, exp_sum) in zip(self._chunks(y_nd.shape[0]), sums, strict=True):
-            logits = ops.matmul(y_nd[rows], weight.value.T)
-            logits -= row_max[:, None]
-            self._backend.xp.exp(logits, out=logits)
-            d_logits = ops.cross_entropy_backward(
-                logits, exp_sum, labels_n[rows], weight_n[rows], self._first
-            )
-            ops.matmul(d_logits, weight.value, out=dy_nd[rows])
-
-            def add_gradients(d_logits: Array = d_logits, rows: slice = rows) -> None:
-                ops.matmul(d_logits.T, y_nd[rows], out=weight.grad, accumulate=True)
-
-            micro.gradients.add((weight,), add_gradients)
+        saved_norm, kept, losses = saved
+        if micro.scale is None:
+            dy_nd = self._derivatives_anew(scale, *kept, micro)
+        elif scale == micro.scale:
+            dy_nd = kept
+        else:
+            raise ValueError(f"the forward pass reckoned with {micro.scale}, not with {scale}")
         dy = self._rows.sum(dy_nd.reshape(*micro.shape, dy_nd.shape[-1]))
         d_inputs = self._norm.backward((dy,), saved_norm, micro)
         d_auxiliary = [self._backend.xp.full((1,), scale, dtype="float64")] * losses
         return (*d_inputs, *d_auxiliary)
 
+    def _derivatives_anew(
+        self, scale: float, y: Array, sums: list[tuple[Array, Array]], micro: Micro
+    ) -> Array:
+        """dy (n, d) from logits that are computed once more, chunk by chunk."""
+        ops, weight_vd = self._backend.ops, self._weight_vd()
+        y_nd = self._all_rows(y, micro)
+        labels_n, weight_n = micro.labels.reshape(-1), micro.mask.reshape(-1) * scale
+        dy_nd = self._backend.empty(y_nd.shape, weight_n.dtype)
+        for rows, (row_max, exp_sum) in zip(self._chunks(len(y_nd)), sums, strict=True):
+            logits = ops.matmul(y_nd[rows], weight_vd.T)
+            logits -= row_max[:, None]
+            self._backend.xp.exp(logits, out=logits)
+            d_logits = ops.cross_entropy_backward(
+                logits, exp_sum, labels_n[rows], weight_n[rows], self._first
+            )
+            self._derivatives(d_logits, y_nd[rows], weight_vd, dy_nd[rows], micro)
+        return dy_nd
+
+    def _derivatives(
+        self, d_logits_nv: Array, y_nd: Array, weight_vd: Array, dy_nd: Array, micro: Micro
+    ) -> None:
+        """Write a chunk's dy, and hand in the work for the weight's gradient."""
+        ops, weight = self._backend.ops, self.weight
+        d_logits_nv = ops.operand(d_logits_nv)
+        ops.matmul(d_logits_nv, weight_vd, out=dy_nd)
+
+        def add_gradients() -> None:
+            ops.matmul(d_logits_nv.T, y_nd, out=weight.grad, accumulate=True)
+
+        micro.gradients.add((weight,), add_gradients)
+
     def _all_rows(self, y: Array, micro: Micro) -> Array:
-        """(b * t, d)."""
+        """(b * t, d), an operand of products."""
+        y = self._backend.ops.operand(y)
         return self._rows.gather(y, *micro.shape).reshape(-1, y.shape[-1])
 
-    def _chunks(self, n: int) -> list[slice]:
-        size = max(1, _CHUNK // max(1, self.weight.shard.local_shape[0]))
-        return [slice(a, min(a + size, n)) for a in range(0, n, size)]
+    def _weight_vd(self) -> Array:
+        """This rank's rows of the weight, an operand of products."""
+        return self._backend.ops.operand(self.weight.value)
 
-    def _chunk(self, y_nd: Array, labels_n: Array) -> tuple[Array, Array, Array, Array]:
-        """exp(logits - max) of this rank (n, v), and max, sum of exp and target over all, (n,)."""
+    def _chunks(self, n: int) -> list[slice]:
+        """Even runs of the rows."""
+        most = max(1, _CHUNK // max(1, self.weight.shard.local_shape[0]))
+        count = -(-n // most)
+        return [slice(*split_range(n, count, number)) for number in range(count)]
+
+    def _sums(self, logits_nv: Array, labels_n: Array) -> tuple[Array, Array, Array]:
+        """The maximum, the sum of exp(logit - maximum) and the target over all ranks, (n,) each.
+
+        logits_nv: this rank's, overwritten with exp(logit - maximum).
+        """
         ops = self._backend.ops
-        logits = ops.matmul(y_nd, self.weight.value.T)
-        row_max = self._tensor.allreduce(ops.row_max(logits), "max")
-        sums = ops.cross_entropy_forward(logits, row_max, labels_n, self._first)
+        row_max = self._tensor.allreduce(ops.row_max(logits_nv), "max")
+        sums = ops.cross_entropy_forward(logits_nv, row_max, labels_n, self._first)
         self._tensor.allreduce(sums)
-        return logits, row_max, sums[0], sums[1]
+        return row_max, sums[0], sums[1]
 
     def _all_logits(self, x: Array, micro: Micro) -> Array:
         """Logits (b, t, v) of the whole vocabulary, on every rank of the tensor group."""
@@ -127,7 +172,9 @@ class LanguageModelHead(Layer):
         (y,), _ = self._norm.forward((x,), micro)
         b, t, d = y.shape
         xp, size = self._backend.xp, self._tensor.size
-        mine_vn = self._backend.ops.matmul(self.weight.value, y.reshape(-1, d).T)
+        mine_vn = self._backend.ops.matmul(
+            self._weight_vd(), self._backend.ops.operand(y.reshape(-1, d)).T
+        )
         if size == 1:
             return mine_vn.T.reshape(b, t, self._vocabulary)
         counts = [

@@ -78,9 +78,11 @@ class Micro:
     sequence, over all context ranks; 0: t. counted: (b,), counted tokens of each sequence over all
     context ranks, in the compute dtype. keys: what each context rank holds; empty where there is
     but one. key: the step's random key. want: what the head gives: the summed loss, or logits.
-    state: for each attention layer's name its key/value cache, when decoding. gradients: the sink
-    for weight gradients. progress: the calls under way, polled between layers. watch: is shown each
-    layer of a stage and its outputs.
+    state: for each attention layer's name its key/value cache, when decoding. scale: the derivative
+    of the step's loss by a token's loss, where the head's backward pass follows its forward pass at
+    once: it then does both in one, and hands in its weight's gradient during the forward pass, to a
+    sink that does the work at once. gradients: the sink for weight gradients. progress: the calls
+    under way, polled between layers. watch: is shown each layer of a stage and its outputs.
     """
 
     tokens: Array
@@ -96,6 +98,7 @@ class Micro:
     key: int = 0
     want: Literal["loss", "logits", "last_logits"] = "loss"
     state: dict[str, Any] | None = None
+    scale: float | None = None
     gradients: GradientSink = field(default_factory=GradientSink)
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[Layer, Arrays], None] | None = None

@@ -24,9 +24,9 @@ from mpillm.parallel.instructions import (
     Wait,
     What,
 )
-from mpillm.parallel.schedules import Action
+from mpillm.parallel.schedules import Action, Kind
 
-__all__ = ["Program", "ScheduleError", "lower", "validate"]
+__all__ = ["Program", "ScheduleError", "lower", "turns_at_once", "validate"]
 
 _Routes = list[list["Message | None"]]  # by rank and action
 
@@ -149,3 +149,19 @@ def validate(
         RankCheck(rank, ring, micros, forward_only).run(program)
     check_pairs(programs)
     check_progress(programs)
+
+
+def turns_at_once(program: Program, chunk: int, *, weights: bool) -> bool:
+    """Whether a rank goes from every forward pass of a chunk right over to its backward pass.
+
+    weights: its weight gradient, where that is an action of its own, must follow at once, too.
+    """
+    actions = [step.action for step in program if isinstance(step, Compute)]
+    apart = Kind.WEIGHT_GRADIENT in {a.kind for a in actions if a.chunk == chunk}
+    expected = [Kind.BACKWARD, Kind.WEIGHT_GRADIENT] if weights and apart else [Kind.BACKWARD]
+    return all(
+        [Action(kind, action.micro, chunk) for kind in expected]
+        == actions[place + 1 : place + 1 + len(expected)]
+        for place, action in enumerate(actions)
+        if action.kind is Kind.FORWARD and action.chunk == chunk
+    )

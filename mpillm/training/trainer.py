@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mpillm.array.backend import Backend
 from mpillm.array.random import fold
+from mpillm.array.tally import Clock
 from mpillm.data.loader import EvaluationSet, Loader, MicroBatch
 from mpillm.models.model import Model, build_stages
 from mpillm.nn.layer import GradientSink, Layer, Micro
@@ -20,7 +21,7 @@ from mpillm.nn.rows import SharedRows
 from mpillm.parallel.group import pairwise_sum
 from mpillm.parallel.mesh import Mesh
 from mpillm.parallel.pipeline import Executor
-from mpillm.parallel.programs import Program, lower, validate
+from mpillm.parallel.programs import Program, lower, turns_at_once, validate
 from mpillm.parallel.progress import Progress
 from mpillm.parallel.schedules import SCHEDULES, forward_only
 from mpillm.training.batch import micros_a_rank, resolve_batch, takes_turns
@@ -82,8 +83,11 @@ class Trainer:
         mesh: Mesh,
         backend: Backend,
         loader: Loader,
+        clock: Clock | None = None,
     ) -> None:
         """Collective. `train` must have been through `resolve_batch` for the mesh's layout.
+
+        clock: started and stopped with every step, of whose time it is to keep account.
 
         UserError, on every rank alike, for a layout that the model cannot use.
         """
@@ -95,6 +99,7 @@ class Trainer:
         self._mesh = mesh
         self._backend = backend
         self._loader = loader
+        self._clock = clock or Clock()
         self._dtype = backend.dtype(train.dtype)
         self.progress = Progress(mesh.recorder)
         self.stages = build_stages(
@@ -138,6 +143,8 @@ class Trainer:
         )
         validate(programs, ranks=layout.pipe, micros=rounds, chunks=layout.chunks)
         self._program = programs[mesh.pipe.rank]
+        # Deterministic mode wants each micro-batch's gradient for itself, the head's too.
+        self._fused = turns_at_once(self._program, layout.chunks - 1, weights=train.deterministic)
         self._forward_programs: dict[int, Program] = {}
         # Steps done, and sequences that they took from the data, over all ranks.
         self.step_number = 0
@@ -160,17 +167,22 @@ class Trainer:
         notes: numbers to agree about, as many on every rank; they travel with the verdicts.
         before_update: called right before weights or moments are changed.
         """
-        begin = time.perf_counter()
-        tokens = self._loader.counted_tokens(self.samples_consumed)
+        begin, clock = time.perf_counter(), self._clock
+        clock.start()
         self._watch.begin_step()
-        self.gradients.begin_step()
-        outputs = self._executor.run(self._program, self._micros(), (1.0 / tokens,))
+        with clock.during("optimizer"):
+            self.gradients.begin_step()
+        with clock.during("input"):
+            tokens = self._loader.counted_tokens(self.samples_consumed)
+            micros = self._micros()
+        outputs = self._executor.run(self._program, micros, (1.0 / tokens,))
         computed = time.perf_counter()
         self.gradients.reduce()
         reduce_seconds = time.perf_counter() - computed
         of_micros = [self._in_order(kind) for kind in self._losses(outputs, len(self._numbers))]
         loss, *auxiliary = losses = [pairwise_sum(x.tolist()) / tokens for x in of_micros]
-        norm = self.gradients.norm()
+        with clock.during("optimizer"):
+            norm = self.gradients.norm()
         lr = learning_rate(self.step_number, self._train.steps, self._optimizer_settings)
         clean, overflows = self._watch.clean(), self.optimizer.overflows(norm)
         mine = self.health.judge(losses, norm, clean=clean, overflows=overflows)
@@ -185,11 +197,13 @@ class Trainer:
         if skipped is None:
             if before_update is not None:
                 before_update()
-            self.optimizer.step(self.step_number - self.health.skipped, lr, norm)
+            with clock.during("optimizer"):
+                self.optimizer.step(self.step_number - self.health.skipped, lr, norm)
             self.health.accept(loss)
         else:
             self.health.skip(self.step_number, skipped)
         self._backend.synchronize()
+        clock.stop()
         seconds = time.perf_counter() - begin
         return StepResult(
             self.step_number,
@@ -204,12 +218,15 @@ class Trainer:
             agreed,
         )
 
-    def _micros(self) -> list[Micro]:
-        """This rank's micro-batches of the step."""
+    def _micros(self, scale: float | None = None) -> list[Micro]:
+        """This rank's micro-batches of the step; scale: see `Micro`."""
         key = fold(self._train.seed, "step", self.step_number)
         batches = (self._loader.micro_batch(self.samples_consumed, j) for j in self._numbers)
         return [
-            self._micro(batch, key, self.gradients.sink(place), self._watch.outputs_of(place))
+            replace(
+                self._micro(batch, key, self.gradients.sink(place), self._watch.outputs_of(place)),
+                scale=scale,
+            )
             for place, batch in enumerate(batches)
         ]
 
