@@ -344,6 +344,31 @@ def test_the_head_in_several_chunks(
     check_layer(layer, store, (x,), micro, (0.5,))
 
 
+@pytest.mark.parametrize("logits_at_once", [2 * VOCABULARY, 1 << 20])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_gives_the_same_bits_with_both_passes_in_one(
+    logits_at_once: int, tied: bool, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpillm.nn.head._CHUNK", logits_at_once)
+    products = watch(monkeypatch, "matmul")
+    results = []
+    for micro in (micro_batch(), micro_batch(scale=0.5)):
+        layer, store = make(head(tied=tied), mesh)
+        products.clear()
+        loss, dx = head_loss(layer, hidden(), micro)
+        gradients = b"".join(arena.grads.tobytes() for arena in store.arenas)
+        results.append((loss, dx.tobytes(), gradients))
+        chunks = len(products) / (3 if micro.scale else 4)
+        assert chunks == -(-B * T * VOCABULARY // logits_at_once)
+    assert results[0] == results[1]
+
+
+def test_the_head_refuses_another_scale_than_it_was_told(mesh: Mesh) -> None:
+    layer, _ = make(head(), mesh)
+    with pytest.raises(ValueError, match=r"reckoned with 0\.25, not with 0\.5"):
+        head_loss(layer, hidden(), micro_batch(scale=0.25))
+
+
 def test_what_the_head_gives(mesh: Mesh) -> None:
     layer, store = make(head(), mesh)
     x, micro = hidden(), micro_batch()

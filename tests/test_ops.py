@@ -83,12 +83,13 @@ class Attention:
     e: int = 3
     causal: bool = True
     drop: float = 0.0
+    size: float = 1.0
 
     def inputs(self) -> Inputs:
         q_index, k_index = (np.array(x, np.int64) for x in (self.q_index, self.k_index))
         tq, tk = q_index.shape[-1], k_index.shape[-1]
         inputs = {
-            "q": normal(1, self.b, self.h, tq, self.e),
+            "q": self.size * normal(1, self.b, self.h, tq, self.e),
             "k": normal(2, self.b, self.g, tk, self.e),
             "v": normal(3, self.b, self.g, tk, self.e),
             "d_out": normal(4, self.b, self.h, tq, self.e),
@@ -140,6 +141,7 @@ ATTENTION = {
     "dropout by row": Attention([[0, 2], [5, 1]], [[0, 1, 2], [1, 5, 0]], drop=0.4, g=2),
     "zigzag": Attention([0, 1, 10, 11], [2, 3, 8, 9, 0, 1, 10, 11], drop=0.2),
     "index by row": Attention([[0, 1, 2], [4, 3, 7]], [[0, 1, 2, 3], [7, 4, 2, 5]]),
+    "some large scores": Attention(PLACES, PLACES, size=25.0),
     "decoding": Attention([4], range(5), g=2),
     "decoding a few": Attention([3, 4], range(5)),
     "rows that see nothing": Attention([0, 5, 1], [4, 3, 5]),

@@ -16,7 +16,7 @@ from program_text import TRAINING, check, parse, spell
 from mpillm.errors import UserError
 from mpillm.parallel import instructions
 from mpillm.parallel.instructions import Compute, Program, Receive, Send, Wait
-from mpillm.parallel.programs import ScheduleError, lower, validate
+from mpillm.parallel.programs import ScheduleError, lower, turns_at_once, validate
 from mpillm.parallel.schedules import (
     SCHEDULES,
     Action,
@@ -259,3 +259,28 @@ def test_any_schedule_that_can_run_does(
         rows[rank].append(action)
         done.add((action.kind, action.micro, action.chunk * ranks + rank))
     check(tuple(tuple(row) for row in rows), micros, chunks)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "micros", "chunks", "backward", "all_of_it"),
+    [
+        ("gpipe", 1, 1, 1, True, True),
+        ("gpipe", 2, 4, 1, False, False),
+        ("1f1b", 1, 3, 1, True, True),
+        ("1f1b", 4, 8, 1, True, True),
+        ("interleaved", 2, 4, 2, True, True),
+        ("zero-bubble", 1, 3, 1, True, True),
+        ("zero-bubble", 4, 8, 1, True, False),  # weight gradients are put off
+    ],
+)
+def test_which_last_stages_turn_at_once(
+    name: str, ranks: int, micros: int, chunks: int, backward: bool, all_of_it: bool
+) -> None:
+    program = lower(SCHEDULES[name](ranks, micros, chunks), chunks)[-1]
+    assert turns_at_once(program, chunks - 1, weights=False) == backward
+    assert turns_at_once(program, chunks - 1, weights=True) == all_of_it
+
+
+def test_a_first_stage_of_several_does_not_turn_at_once() -> None:
+    program = lower(SCHEDULES["1f1b"](2, 4, 1), 1)[0]
+    assert not turns_at_once(program, 0, weights=False)

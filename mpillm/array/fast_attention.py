@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ _TILE = 1 << 18
 # Queries in a tile, at most: the fewer, the more of what a causal mask hides is left out.
 _QUERIES = 128
 
-# Scores that are known to lie within +-_SAFE need no shift by their rows' maximum: exp(64) times
-# the number of keys is far from float32's largest number, exp(-64) from its smallest normal one.
+# A row whose largest score is within +-_SAFE needs no shift by that score: exp(64) times any number
+# of keys is far from float32's largest number, exp(-64) from its smallest normal one.
 _SAFE = 64.0
 
 
@@ -55,35 +56,27 @@ class FastAttention(Ops):
         if q.size == 0 or k.size == 0:
             out[...], lse[...] = 0.0, -np.inf
             return out, lse, saved
-        g, limits = k.shape[1], np.finfo(q.dtype)
-        safe = _largest_score(q, k, scale) <= _SAFE
+        g, tiny = k.shape[1], np.finfo(q.dtype).tiny
         ones = np.ones(k.shape[2], dtype=q.dtype)
         tiles = _Tiles(q.shape, k.shape[2], mask)
         work = np.empty(tiles.largest, dtype=q.dtype)
+        shift = False
         for sequences in tiles.sequences():
             for queries, seen, bias in tiles.queries(sequences):
                 scaled = q[sequences, :, queries] * np.asarray(scale, q.dtype)
-                p = self._scores(scaled, k[sequences, :, :seen].swapaxes(-1, -2), g, work)
-                _hide(p, bias)
-                if not safe:
-                    # Of a row that sees no key any finite number keeps its scores -inf. The bits of
-                    # a row must not depend on keys that it does not see: where its own scores are
-                    # small it is not shifted either.
-                    top = p.max(axis=-1, keepdims=True, initial=limits.min)
-                    top[np.abs(top) <= _SAFE] = 0.0
-                    p -= top
-                np.exp(p, out=p)
-                total = np.matmul(p, ones[:seen])
-                with np.errstate(divide="ignore"):
-                    log = np.log(total)
-                if not safe:
-                    log += top[..., 0]
+                keys = k[sequences, :, :seen].swapaxes(-1, -2)
+                scores = partial(self._scores, scaled, keys, g, work)
+                if not shift:
+                    p, total, log = _exponentials(scores(), bias, ones[:seen], shift)
+                    shift = not _in_range(log, seen)
+                if shift:
+                    p, total, log = _exponentials(scores(), bias, ones[:seen], shift)
                 lse[sequences, :, queries] = log
                 if drop > 0.0:
                     part = _dropout_part(row_keys, k_index, sequences, queries, seen)
                     p, _ = self._attention_dropout(p, *part, drop)
                 part = self._per_key_head(p, g, self.matmul, v[sequences, :, :seen])
-                np.maximum(total, limits.tiny, out=total)  # where no key is seen, 0 / tiny
+                np.maximum(total, tiny, out=total)  # where no key is seen, 0 / tiny
                 np.divide(part, total[..., None], out=out[sequences, :, queries])
         return out, lse, saved
 
@@ -253,8 +246,29 @@ def _dropout_part(
     return places, row_keys[sequences, :, queries]
 
 
-def _largest_score(q: Any, k: Any, scale: float) -> float:
-    """A bound of all scores' size, by Cauchy and Schwarz; NaN where a vector is not finite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        longest_q, longest_k = float(np.vecdot(q, q).max()), float(np.vecdot(k, k).max())
-    return abs(scale) * math.sqrt(longest_q) * math.sqrt(longest_k)
+def _exponentials(p: Any, bias: Any, ones: Any, shift: bool) -> tuple[Any, Any, Any]:
+    """exp(score), in place of the scores, its sum over the keys, and the log of that sum.
+
+    shift: from rows whose largest score is beyond +-`_SAFE` that score is taken off before. What
+    happens to a row depends on the scores that it sees alone, never on those of other rows.
+    """
+    _hide(p, bias)
+    top = None
+    if shift:
+        # Of a row that sees no key any finite number keeps its scores -inf.
+        top = p.max(axis=-1, keepdims=True, initial=np.finfo(p.dtype).min)
+        top[np.abs(top) <= _SAFE] = 0.0
+        p -= top
+    with np.errstate(over="ignore", divide="ignore"):
+        np.exp(p, out=p)
+        total = np.matmul(p, ones)
+        log = np.log(total)
+    if top is not None:
+        log += top[..., 0]
+    return p, total, log
+
+
+def _in_range(log: Any, seen: int) -> bool:
+    """Whether no row needs a shift, its log-sum-exp being from its maximum to log(seen) above."""
+    lowest = math.log(max(seen, 1)) - _SAFE
+    return log.size == 0 or bool(log.min() >= lowest and log.max() <= _SAFE)

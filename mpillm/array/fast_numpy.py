@@ -183,10 +183,10 @@ class FastNumpyOps(FastAttention):
             high = min(low + together, whole)
             rows = work[: high - low]
             np.copyto(rows, x[low * block : high * block].reshape(-1, block))
-            rows *= rows
-            np.add.reduce(rows, axis=1, out=sums[low:high])
+            np.vecdot(rows, rows, out=sums[low:high])
         if rest:
-            sums[whole] = np.square(x[whole * block :], dtype=np.float64).sum()
+            last = x[whole * block :].astype(np.float64)
+            sums[whole] = np.dot(last, last)
         return sums
 
     def adamw(
@@ -217,9 +217,8 @@ class FastNumpyOps(FastAttention):
             np.multiply(g, (1.0 - beta1) * grad_scale, out=scratch)
             m *= beta1
             m += scratch
-            np.multiply(g, grad_scale, out=scratch)
+            np.multiply(g, math.sqrt(1.0 - beta2) * grad_scale, out=scratch)
             scratch *= scratch
-            scratch *= 1.0 - beta2
             v *= beta2
             v += scratch
             np.sqrt(v, out=scratch)
