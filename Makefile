@@ -21,11 +21,11 @@ PYTEST := $(BIN)/python -m pytest --quiet --color=no
 
 ifeq ($(MPI),system)
 MPIRUN = mpirun
-WHEELS := demo,report,test
+WHEELS := demo,report,bf16,test
 BUILD := --no-binary mpi4py
 else
 MPIRUN = $(BIN)/mpirun
-WHEELS := $(MPI),demo,report,test
+WHEELS := $(MPI),demo,report,bf16,test
 endif
 
 # Open MPI: allow root, as in containers, and more ranks than cores. MPICH does without being told.

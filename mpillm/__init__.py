@@ -73,11 +73,11 @@ def verify_layouts(
     not named are 1 and other settings the run's. vary: settings to try all values of, such as
     `"model.tied=true,false"`. using: only layouts that cut these axes. pairs: of all these only so
     many that every two choices that can meet do. tolerance: largest difference that passes, by
-    default 1e-10 in float64 and 5e-5 in float32. results: a file of rows that are done, by default
-    `verify-layouts.jsonl` in the run folder; rows of the same settings, text and versions are taken
-    from there, unless `fresh`. Yields a row for each layout, the same on every rank, and is
-    collective as long as it is iterated over. Raises `mpillm.errors.UserError`, on every rank, for
-    what does not fit.
+    default 1e-10 in float64, 5e-5 in float32, 2e-2 in bfloat16. results: a file of rows that are
+    done, by default `verify-layouts.jsonl` in the run folder; rows of the same settings, text and
+    versions are taken from there, unless `fresh`. Yields a row for each layout, the same on every
+    rank, and is collective as long as it is iterated over. Raises `mpillm.errors.UserError`, on
+    every rank, for what does not fit.
     """
     comm, _ = _begin(config, comm, overrides)
 

@@ -75,7 +75,7 @@ def arguments(config: Path, folder: Path, *more: str) -> list[str]:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The run's metrics without the times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "step_seconds")
+    timed = ("tokens_per_second", "step_seconds", "gflops", "mfu")
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 

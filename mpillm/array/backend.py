@@ -39,8 +39,14 @@ class Backend:
         self.on_host = xp is np
 
     @classmethod
-    def create(cls, name: str, device: int | None = None) -> Backend:
-        """Make the backend `name`; `device` is the GPU's number, None for the current one."""
+    def create(cls, name: str, device: int | None = None, dtype: str = "float32") -> Backend:
+        """Make the backend `name`; `device` is the GPU's number, None for the current one.
+
+        dtype: "bfloat16" for products of bfloat16 operands; others are what the arrays say.
+        UserError where the backend, or bfloat16 with it, cannot be had.
+        """
+        if dtype == "bfloat16" and name in BACKENDS:
+            return cls(name, np, _bfloat16_ops(name))
         if name == "numpy":
             return cls(name, np, FastNumpyOps(np))
         if name == "strict":
@@ -63,8 +69,8 @@ class Backend:
         raise UserError(f"run.backend: no backend {name!r}; {did_you_mean(name, BACKENDS)}")
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """The data type called `name` in the settings."""
-        return np.dtype(name)
+        """The type of arrays where the settings say `name`; bfloat16 is that of operands only."""
+        return np.dtype("float32" if name == "bfloat16" else name)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An array with undefined contents."""
@@ -89,3 +95,28 @@ class Backend:
         """Wait until the device has done all that was asked of it."""
         if self.name == "cupy":
             self.xp.cuda.get_current_stream().synchronize()
+
+
+def _bfloat16_ops(name: str) -> Ops:
+    """Operations with products of bfloat16 operands, or a UserError that says why there are none.
+
+    oneDNN is loaded here, so that only those who want it need it.
+    """
+    setting = "train.dtype = 'bfloat16'"
+    if name != "numpy":
+        raise UserError(f"{setting}: run.backend = {name!r} has no bfloat16; expected 'numpy'")
+    from mpillm.array.bfloat16 import Bfloat16NumpyOps
+    from mpillm.array.onednn import OneDnn, OneDnnError
+
+    try:
+        onednn = OneDnn()
+    except OneDnnError as error:
+        raise UserError(
+            f"{setting}: {error}; install it with: pip install 'mpillm[bf16]'"
+        ) from None
+    if not onednn.multiplies_bfloat16:
+        raise UserError(
+            f"{setting}: this CPU multiplies no bfloat16 (neither avx512_bf16 nor amx_bf16); "
+            "expected train.dtype = 'float32'"
+        )
+    return Bfloat16NumpyOps(np, onednn)

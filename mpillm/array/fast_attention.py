@@ -61,10 +61,11 @@ class FastAttention(Ops):
         tiles = _Tiles(q.shape, k.shape[2], mask)
         work = np.empty(tiles.largest, dtype=q.dtype)
         shift = False
+        k_operand, v_operand = self.operand(k), self.operand(v)
         for sequences in tiles.sequences():
             for queries, seen, bias in tiles.queries(sequences):
-                scaled = q[sequences, :, queries] * np.asarray(scale, q.dtype)
-                keys = k[sequences, :, :seen].swapaxes(-1, -2)
+                scaled = self.operand(q[sequences, :, queries] * np.asarray(scale, q.dtype))
+                keys = k_operand[sequences, :, :seen].swapaxes(-1, -2)
                 scores = partial(self._scores, scaled, keys, g, work)
                 if not shift:
                     p, total, log = _exponentials(scores(), bias, ones[:seen], shift)
@@ -75,7 +76,8 @@ class FastAttention(Ops):
                 if drop > 0.0:
                     part = _dropout_part(row_keys, k_index, sequences, queries, seen)
                     p, _ = self._attention_dropout(p, *part, drop)
-                part = self._per_key_head(p, g, self.matmul, v[sequences, :, :seen])
+                values = v_operand[sequences, :, :seen]
+                part = self._per_key_head(self.operand(p), g, self.matmul, values)
                 np.maximum(total, tiny, out=total)  # where no key is seen, 0 / tiny
                 np.divide(part, total[..., None], out=out[sequences, :, queries])
         return out, lse, saved
@@ -113,28 +115,32 @@ class FastAttention(Ops):
         lse = np.where(np.isfinite(lse), lse, np.inf).astype(q.dtype, copy=False)
         tiles = _Tiles(q.shape, k.shape[2], mask)
         work, d_work = np.empty((2, tiles.largest), dtype=q.dtype)
+        k_operand, v_operand = self.operand(k), self.operand(v)
         for sequences in tiles.sequences():
             filled = 0  # keys whose derivatives hold a sum already
             for queries, seen, bias in tiles.queries(sequences):
-                scaled = q[sequences, :, queries] * scale
-                keys, values = k[sequences, :, :seen], v[sequences, :, :seen]
+                scaled = self.operand(q[sequences, :, queries] * scale)
+                keys, values = k_operand[sequences, :, :seen], v_operand[sequences, :, :seen]
                 p = self._scores(scaled, keys.swapaxes(-1, -2), g, work)
                 _hide(p, bias)
                 p -= lse[sequences, :, queries, None]
                 np.exp(p, out=p)
                 d_rows = d_out[sequences, :, queries]
-                dp = self._scores(d_rows, values.swapaxes(-1, -2), g, d_work)
+                d_operand = self.operand(d_rows)
+                dp = self._scores(d_operand, values.swapaxes(-1, -2), g, d_work)
                 dropped = p
                 if drop > 0.0:
                     part = _dropout_part(row_keys, k_index, sequences, queries, seen)
                     dropped, keep = self._attention_dropout(p, *part, drop)
                     dp = self.dropout_backward(dp, (keep, drop))
-                self._add_over_queries(dropped, d_rows, g, dv[sequences], filled, seen)
+                dropped = self.operand(dropped)
+                self._add_over_queries(dropped, d_operand, g, dv[sequences], filled, seen)
                 dp -= np.vecdot(d_rows, out[sequences, :, queries])[..., None]
                 dp *= p
-                part = self._per_key_head(dp, g, self.matmul, keys)
+                ds = self.operand(dp)
+                part = self._per_key_head(ds, g, self.matmul, keys)
                 np.multiply(part, scale, out=dq[sequences, :, queries])
-                self._add_over_queries(dp, scaled, g, dk[sequences], filled, seen)
+                self._add_over_queries(ds, scaled, g, dk[sequences], filled, seen)
                 filled = max(filled, seen)
             dk[sequences, :, filled:], dv[sequences, :, filled:] = 0.0, 0.0
         return dq, dk, dv

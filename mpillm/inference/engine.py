@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,11 +202,32 @@ def generate(
         _check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples)
         if isinstance(parallel, Mapping):
             parallel = from_table(GenerateConfig, {"parallel": parallel}).parallel
-    engine = Engine(checkpoint, comm, Backend.create(backend), parallel)
+    dtype = checkpoint.manifest.settings["train"]["dtype"]
+    engine = Engine(checkpoint, comm, _backend(backend, dtype, comm), parallel)
     sampling = Sampling(temperature, top_k, top_p, greedy, seed)
     drawn = engine.generate(ids.tolist(), max_new_tokens, num_samples, sampling)
     engine.free()
     return [prompt + tokenizer.decode(row) for row in drawn]
+
+
+def _backend(name: str, dtype: str, comm: Comm) -> Backend:
+    """The backend with products as in the training; in float32 where a rank has no bfloat16 ones.
+
+    The weights are float32 in any case. Rank 0 tells why. Collective.
+    """
+    backend, problem = None, ""
+    try:
+        backend = Backend.create(name, dtype=dtype)
+    except UserError as error:
+        if dtype != "bfloat16":
+            raise
+        problem = str(error)
+    problems = [text for text in comm.allgather(problem) if text]
+    if backend is not None and not problems:
+        return backend
+    if comm.rank == 0:
+        print(f"computing in float32: {problems[0]}", file=sys.stderr, flush=True)
+    return Backend.create(name)
 
 
 def _check_sampling(

@@ -8,7 +8,21 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-__all__ = ["cut", "is_half", "offsets", "pack", "runs", "unpack"]
+__all__ = ["Room", "cut", "is_half", "offsets", "pack", "runs", "unpack"]
+
+
+class Room:
+    """Memory that is used again: a page that was touched once need not be faulted in again."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def take(self, size: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """A flat array with undefined contents, for use until the next one is taken."""
+        nbytes = size * dtype.itemsize
+        if nbytes > self._bytes.size:
+            self._bytes = np.empty(nbytes, np.uint8)
+        return self._bytes[:nbytes].view(dtype)
 
 
 def offsets(counts: Sequence[int]) -> list[int]:

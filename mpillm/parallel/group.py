@@ -8,10 +8,15 @@ through host memory after the device was synchronized.
 A sum with `reduction = "ordered"` exchanges slices (alltoall), adds each slice's contributions in
 rank order as a pairwise tree, and gathers the sums (allgather). Its bits do not depend on the MPI
 library nor on an element's place in the array. Sums of 16-bit floats accumulate in float32.
+
+Where all ranks of the group are on one node, large ordered sums and gatherings go through memory
+that the ranks share (`shared_calls.py`): those of arrays made by `Group.zeros`, and the blocking
+ones of all others. The additions are the same, and hence the bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -20,10 +25,13 @@ import numpy as np
 from mpi4py import MPI
 
 from mpillm.array.backend import Array, Backend
-from mpillm.parallel.buffers import cut, is_half, offsets, pack, runs, unpack
+from mpillm.parallel.buffers import Room, cut, is_half, offsets, pack, runs, unpack
+from mpillm.parallel.clocked import ClockedRequest, apart
 from mpillm.parallel.recorder import Entry, Recorder
 from mpillm.parallel.request import Request, Steps
 from mpillm.parallel.shard import split_range
+from mpillm.parallel.shared_calls import SharedCalls
+from mpillm.parallel.sums import add_up, pairwise_sum
 
 __all__ = ["Group", "pairwise_sum"]
 
@@ -40,22 +48,6 @@ _GATHER_LIMIT = 1 << 15
 _MPI_OPS: dict[str, MPI.Op] = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 
 
-def pairwise_sum(parts: Sequence[Any]) -> Any:
-    """Sum of arrays as a tree: the first half is the largest power of two below their number.
-
-    Aligned blocks of a power of two are subtrees, so that a sum over micro-batches is the same
-    whether the blocks are added here or on the ranks that own them.
-
-    >>> pairwise_sum([1.0, 2.0, 3.0])
-    6.0
-    """
-    count = len(parts)
-    if count == 1:
-        return parts[0]
-    half = 1 << ((count - 1).bit_length() - 1)
-    return pairwise_sum(parts[:half]) + pairwise_sum(parts[half:])
-
-
 class Group:
     """The ranks along one axis of the mesh."""
 
@@ -67,7 +59,9 @@ class Group:
         recorder: Recorder,
         reduction: Literal["ordered", "library"] = "ordered",
         message_limit: int = MESSAGE_LIMIT,
+        node: MPI.Comm | None = None,
     ) -> None:
+        """node: the ranks on this rank's node, who share its memory; None: to be found out."""
         self._comm = comm
         self.axis = axis
         self.rank: int = comm.Get_rank()
@@ -77,11 +71,34 @@ class Group:
         self._reduction = reduction
         self._limit = message_limit
         self._under_way: deque[Request] = deque()
+        self._shared = SharedCalls(comm, axis, node)
+        self._parts = Room()  # what others add to this rank's sum
 
     def free(self) -> None:
-        """Give the communicator back to MPI."""
+        """Give the communicator and shared memory back to MPI.
+
+        Collective. Arrays made by `zeros` must not be touched any more.
+        """
+        self._shared.free()
         if self._comm not in (MPI.COMM_WORLD, MPI.COMM_SELF):
             self._comm.Free()
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array of zeros which sums and gatherings of this group need not copy. Collective.
+
+        Where the ranks share a node it lies in memory that they share; elsewhere it is an array
+        like any other. Every rank calls, each with a shape of its own. To one call of the group
+        either all ranks pass such arrays, or parts of them, or none does.
+        """
+        if self.size == 1 or not self._backend.on_host:
+            return self._backend.zeros(shape, dtype)
+        flat = self._recorded("share", self._shared.zeros, math.prod(shape), np.dtype(dtype))
+        return self._backend.zeros(shape, dtype) if flat is None else flat.reshape(shape)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory that this rank has made for the group."""
+        return self._shared.bytes
 
     # -- collectives -----------------------------------------------------------------------------
 
@@ -195,6 +212,8 @@ class Group:
         """Run a collective whose steps all block."""
         self._finish()
         entry = self._note(op, nbytes, root, wait=True)
+        if (clock := self._recorder.clock) is not None and self.size > 1:
+            steps = apart(steps, clock, self.axis, self._comm.Barrier)
         for _ in steps:
             pass
         if entry is not None:
@@ -203,7 +222,7 @@ class Group:
     def _start(self, op: str, nbytes: int, steps: Steps, root: int = 0) -> Request:
         """A collective under way. It counts as made from now on, though others may come first."""
         entry = self._note(op, nbytes, root, wait=False)
-        return Request(steps, self._under_way, self._recorder, entry)
+        return self._request(steps, self._under_way, entry, self._comm.Ibarrier)
 
     def _note(self, op: str, nbytes: int, root: int, wait: bool) -> Entry | None:
         """Record a collective; None where nobody else takes part."""
@@ -214,7 +233,20 @@ class Group:
     def _post(self, what: Literal["send", "recv"], x: Array, peer: int, tag: int) -> Request:
         """A message under way."""
         entry = self._recorder.begin(self.axis, what, x.nbytes, peer, tag)
-        return Request(self._message(what, x, peer, tag), deque(), self._recorder, entry)
+        return self._request(self._message(what, x, peer, tag), deque(), entry)
+
+    def _request(
+        self,
+        steps: Steps,
+        queue: deque[Request],
+        entry: Entry | None,
+        announce: Callable[[], MPI.Request] | None = None,
+    ) -> Request:
+        """A call under way, on the recorder's clock where it has one."""
+        clock = self._recorder.clock
+        if clock is None or entry is None:
+            return Request(steps, queue, self._recorder, entry)
+        return ClockedRequest(steps, queue, self._recorder, entry, clock, announce)
 
     def _recorded(self, op: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """A blocking call that carries no array."""
@@ -232,6 +264,15 @@ class Group:
     def _room(self, x: Array) -> np.ndarray:
         """A flat host array for what is to be put into all of `x`, which itself is not copied."""
         return self._to_host(x) if self._backend.on_host else np.empty(x.size, dtype=x.dtype)
+
+    def _place(self, out: Array, whole: np.ndarray, start: int) -> np.ndarray:
+        """A flat host array to write to while others read `whole`: `out` itself where it can be.
+
+        That is where the two share no memory, or `out` is just what begins at `whole[start]`.
+        """
+        place = self._room(out)
+        same = place.ctypes.data == whole.ctypes.data + start * whole.itemsize
+        return place if same or not np.may_share_memory(place, whole) else np.empty_like(place)
 
     def _put_back(self, host: np.ndarray, x: Array) -> None:
         """Put the contents of `host` into `x`, unless they are there already."""
@@ -320,13 +361,6 @@ class Group:
             yield made[0]
             made[1]()
 
-    def _sum(self, parts: np.ndarray) -> np.ndarray:
-        """Pairwise sum over the first axis; 16-bit floats accumulate in float32."""
-        if is_half(parts.dtype):
-            with np.errstate(over="ignore"):  # a sum beyond the type is infinite
-                return np.asarray(pairwise_sum(list(parts.astype(np.float32))).astype(parts.dtype))
-        return np.asarray(pairwise_sum(list(parts)))
-
     def _allreduce(self, x: Array, op: Op, wait: bool) -> Steps:
         if self.size == 1 or x.size == 0:
             return
@@ -349,11 +383,17 @@ class Group:
         yield from calls if wait else list(calls)
 
     def _ordered_sum(self, host: np.ndarray, wait: bool) -> Steps:
+        window = self._shared.window(host)
+        if window is not None:
+            yield from self._shared.allreduce(window, host, wait)
+            return
+        if wait and self._shared.stages(host.nbytes):
+            self._shared.staged_allreduce(host)
+            return
         if self.size == 2 or host.nbytes * self.size <= _GATHER_LIMIT:
-            everything = np.empty((self.size, host.size), dtype=host.dtype)
-            counts = [host.size] * self.size
-            yield from self._collect(host, everything.reshape(-1), counts, wait)
-            host[...] = self._sum(everything)
+            everything = self._parts.take(self.size * host.size, host.dtype)
+            yield from self._collect(host, everything, [host.size] * self.size, wait)
+            add_up(list(everything.reshape(self.size, -1)), [host])
             return
         shares = self._shares(host.size)
         mine = np.empty(shares[self.rank], dtype=host.dtype)
@@ -363,11 +403,9 @@ class Group:
     def _ordered_slice(
         self, host: np.ndarray, mine: np.ndarray, shares: Sequence[int], wait: bool
     ) -> Steps:
-        parts = np.empty((self.size, mine.size), dtype=host.dtype)
-        yield from self._exchange(
-            host, shares, parts.reshape(-1), [mine.size] * self.size, max(shares), wait
-        )
-        mine[...] = self._sum(parts)
+        parts = self._parts.take(self.size * mine.size, host.dtype)
+        yield from self._exchange(host, shares, parts, [mine.size] * self.size, max(shares), wait)
+        add_up(list(parts.reshape(self.size, -1)), [mine])
 
     def _reduce_scatter(
         self, x: Array, out: Array, counts: Sequence[int] | None, wait: bool
@@ -381,8 +419,14 @@ class Group:
             return
         host = self._to_host(x)
         if self._reduction == "ordered":
-            mine = np.empty(shares[self.rank], dtype=host.dtype)
-            yield from self._ordered_slice(host, mine, shares, wait)
+            mine = self._place(out, host, sum(shares[: self.rank]))
+            window = self._shared.window(host)
+            if window is not None:
+                yield from self._shared.reduce_scatter(window, host, mine, shares, wait)
+            elif wait and self._shared.stages(host.nbytes):
+                self._shared.staged_reduce_scatter(host, mine, shares)
+            else:
+                yield from self._ordered_slice(host, mine, shares, wait)
         else:
             total = host.astype(np.float32 if is_half(host.dtype) else host.dtype)
             yield from self._library(total, "sum", wait)
@@ -399,11 +443,19 @@ class Group:
         if self.size == 1:
             out[...] = part
             return
-        host = self._room(out)
         mine = self._to_host(part)
-        if np.may_share_memory(mine, host):  # a slice of `out`: MPI's buffers must not overlap
-            mine = mine.copy()
-        yield from self._collect(mine, host, shares, wait)
+        window = self._shared.window(mine)
+        if window is not None or (wait and self._shared.stages(out.nbytes)):
+            host = self._place(out, mine, -sum(shares[: self.rank]))
+            if window is not None:
+                yield from self._shared.allgather(window, mine, host, shares, wait)
+            else:
+                self._shared.staged_allgather(mine, host, shares)
+        else:
+            host = self._room(out)
+            if np.may_share_memory(mine, host):  # a slice of `out`: MPI's buffers must not overlap
+                mine = mine.copy()
+            yield from self._collect(mine, host, shares, wait)
         self._put_back(host, out)
 
     def _alltoall(

@@ -80,6 +80,8 @@ def start() -> Comm:
     The communicator is a duplicate of MPI's world. The world itself stays silent while a job runs
     well, so that `end_in_error` can use it whatever the other ranks are waiting in. Collective.
     """
+    # Open MPI's other way to make windows is not for shared memory, and says so on every one made.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD

@@ -9,6 +9,7 @@ from mpillm.parallel.grid import AXES, GROUPS, Grid, fit
 from mpillm.parallel.group import MESSAGE_LIMIT, Group
 from mpillm.parallel.recorder import Recorder
 from mpillm.parallel.settings import ParallelSettings
+from mpillm.parallel.shared_memory import node_of
 
 __all__ = ["AXES", "Mesh", "fit"]
 
@@ -53,14 +54,14 @@ class Mesh:
         self.layout = layout
         self.grid = Grid(layout)
         self.recorder = recorder
+        node = node_of(comm)
         for name in (*GROUPS, "node"):
-            if name == "node":
-                part = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
-            else:
+            part = node
+            if name != "node":
                 members = self.grid.members(name, comm.rank)
                 part = comm.Split(min(members), members.index(comm.rank))
             device = Backend.create("numpy") if name == "node" else backend
-            group = Group(part, name, device, recorder, layout.reduction, message_limit)
+            group = Group(part, name, device, recorder, layout.reduction, message_limit, node)
             setattr(self, name, group)
 
     def free(self) -> None:

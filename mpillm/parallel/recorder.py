@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,6 +35,9 @@ from mpillm.parallel.flight_format import (
     word,
 )
 from mpillm.parallel.grid import AXES, GROUPS
+
+if TYPE_CHECKING:
+    from mpillm.array.tally import Clock
 
 __all__ = ["Entry", "Recorder", "Traffic", "start_ticks"]
 
@@ -132,6 +136,7 @@ class Recorder:
         self._collectives: dict[str, _Lane] = {}
         self._ops: dict[str, bytes] = {}
         self.traffic: dict[tuple[str, str], Traffic] = {}
+        self.clock: Clock | None = None  # set where the time of every call is to be accounted for
         self._write_header({"data": size} if layout is None else layout)
         for name in (*GROUPS, "node"):
             self._collective(name)

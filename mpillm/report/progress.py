@@ -58,8 +58,8 @@ class Progress:
         else:
             self._bar.write(text, file=self._stream)
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Tell of a step that is done."""
+    def step(self, metrics: StepMetrics, remark: str = "") -> None:
+        """Tell of a step that is done; `remark` ends the line, where there is one."""
         now = self._clock()
         if self._bar is not None:
             self._bar.set_postfix_str(_facts(metrics), refresh=False)
@@ -73,6 +73,7 @@ class Progress:
         text += (
             f"  elapsed {duration(now - self._began)}  left {duration(self._left(metrics, now))}"
         )
+        text += f"  {remark}" if remark else ""
         if self._bar is None or evaluated:
             self.line(text)
         else:
@@ -96,10 +97,11 @@ class Progress:
 
 
 def _facts(metrics: StepMetrics) -> str:
-    """Loss, learning rate and pace of a step."""
+    """Loss, learning rate, pace and efficiency of a step."""
     val = "" if metrics.val_loss is None else f"  val {metrics.val_loss:.4f}"
     pace = f"{metrics.tokens_per_second:,.0f} tokens/s"
-    return f"loss {metrics.loss:.4f}{val}  lr {metrics.lr:.2e}  {pace}"
+    mfu = "" if metrics.mfu is None else f"  MFU {100 * metrics.mfu:.0f} %"
+    return f"loss {metrics.loss:.4f}{val}  lr {metrics.lr:.2e}  {pace}{mfu}"
 
 
 def _bar(stream: TextIO, total: int, start: int) -> Any:

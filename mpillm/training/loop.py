@@ -27,6 +27,7 @@ from mpillm.report.reporter import Reporter
 from mpillm.storage.disk import write_atomically
 from mpillm.training.checkpoints import Checkpoints
 from mpillm.training.folder import take_folder
+from mpillm.training.meter import Meter, Reading
 from mpillm.training.replicas import check_replicas
 from mpillm.training.settings import RunConfig
 from mpillm.training.setup import mesh_of, open_data, open_recorder, resolve
@@ -69,7 +70,7 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
     folder = Path(config.run.dir)
     with agree(comm):
         config = replace(config, parallel=fit(config.parallel, comm.size))
-        backend = Backend.create(config.run.backend)
+        backend = Backend.create(config.run.backend, dtype=config.train.dtype)
         stopping = Stopping(config.run, folder, comm.rank)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stopping)
@@ -82,6 +83,7 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
         recorder, reports = open_recorder(config, comm)
         limits = config.run.hang_timeout, config.run.slow_timeout
         stack.enter_context(Watchdog(recorder, reports, abort, *limits))
+        meter = Meter(backend, recorder, profile=config.run.profile)
         with recorder.activity("set up"):
             prepared, tokens = open_data(config, comm)
             with agree(comm):
@@ -91,8 +93,10 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
                 text, t = tokens.read("train"), config.train
                 loader = Loader(text, t.sequence_length, t.batch_size, t.micro_batch_size, t.seed)
             mesh = stack.enter_context(mesh_of(comm, config, backend, recorder))
-            trainer = Trainer(model, t, config.optimizer, mesh, backend, loader)
-            run = _Run(config, comm, mesh, trainer, backend, tokens, prepared, stopping)
+            trainer = Trainer(
+                model, t, config.optimizer, mesh, meter.backend, loader, clock=meter.clock
+            )
+            run = _Run(config, comm, mesh, trainer, meter, tokens, prepared, stopping)
             with recorder.activity("load"):
                 run.restore()
             recorder.step, recorder.samples = trainer.step_number, trainer.samples_consumed
@@ -110,7 +114,7 @@ class _Run:
         comm: Comm,
         mesh: Mesh,
         trainer: Trainer,
-        backend: Backend,
+        meter: Meter,
         tokens: TokenFile,
         prepared: PreparedData,
         stopping: Stopping,
@@ -119,7 +123,7 @@ class _Run:
         self._comm = comm
         self._mesh = mesh
         self._trainer = trainer
-        self._backend = backend
+        self._meter = meter
         self._tokens = tokens
         self._stopping = stopping
         self._folder = Path(config.run.dir)
@@ -162,9 +166,10 @@ class _Run:
     def _steps(self, reporter: Reporter) -> TrainResult:
         """The steps that are left; collective."""
         train, checkpoint, run = self._config.train, self._config.checkpoint, self._config.run
-        recorder, checkpoints = self._mesh.recorder, self._checkpoints
+        recorder, checkpoints, meter = self._mesh.recorder, self._checkpoints, self._meter
         while True:
             begin = time.monotonic()
+            meter.begin_step()
             result = self._trainer.step(
                 (self._stopping.note(), int(checkpoints.writing)), checkpoints.copied
             )
@@ -174,13 +179,16 @@ class _Run:
             stop = note >= STOP and not last
             if not writing:
                 checkpoints.commit()
+            with recorder.activity("measure"):
+                reading = meter.end_step(result.seconds, self._mesh.world)
             if run.check_replicas and result.step % run.check_replicas == 0:
-                check_replicas(self._trainer, self._mesh, self._backend)
+                check_replicas(self._trainer, self._mesh, self._meter.backend)
             val_loss = None
             if self._validation and not stop and _due(result.step, train.eval_every, last):
                 with recorder.activity("evaluate"):
                     val_loss = self._trainer.evaluate(self._validation)
-            reporter.step(_metrics(result, self._trainer.samples_consumed, val_loss))
+            metrics = _metrics(result, reading, self._trainer.samples_consumed, val_loss)
+            reporter.step(metrics, reading.ranks)
             if result.skipped:
                 reporter.line(f"step {result.step}: the update was skipped: {result.skipped}")
             self._stopping.took(step=time.monotonic() - begin)
@@ -190,6 +198,8 @@ class _Run:
             self._tell(reporter)
             if last or stop:
                 break
+        reporter.line(meter.summary())
+        reporter.breakdown()
         if stop:
             reason = self._stopping.reason(note)
             reporter.line(f"stopped by {reason} after step {result.step}; the same command goes on")
@@ -262,7 +272,9 @@ def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def _metrics(result: StepResult, samples: int, val_loss: float | None) -> StepMetrics:
+def _metrics(
+    result: StepResult, reading: Reading, samples: int, val_loss: float | None
+) -> StepMetrics:
     return StepMetrics(
         step=result.step,
         samples=samples,
@@ -274,4 +286,6 @@ def _metrics(result: StepResult, samples: int, val_loss: float | None) -> StepMe
         val_loss=val_loss,
         auxiliary_loss=result.auxiliary,
         skipped=result.skipped,
+        gflops=reading.gflops,
+        mfu=reading.mfu,
     )

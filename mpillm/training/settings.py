@@ -25,7 +25,8 @@ class TrainSettings(Section, frozen=True, kw_only=True):
     ] = 0
     sequence_length: Annotated[int, Meta(ge=1, description="tokens a sequence")] = 64
     dtype: Annotated[
-        Literal["float32", "float64"], Meta(description="type of weights and activations")
+        Literal["float32", "float64", "bfloat16"],
+        Meta(description="type of numbers; bfloat16: of products' operands, the rest is float32"),
     ] = "float32"
     recompute: Annotated[
         Literal["none", "attention", "block"],
@@ -99,6 +100,9 @@ class RunSettings(Section, frozen=True, kw_only=True):
     check_replicas: Annotated[
         int, Meta(ge=0, description="steps between comparisons of all replicas' bits; 0: none")
     ] = 0
+    profile: Annotated[
+        bool, Meta(description="measure where each step's time goes; the steps get a little slower")
+    ] = False
 
 
 class RunConfig(Section, frozen=True, kw_only=True):

@@ -167,15 +167,16 @@ class Trainer:
         notes: numbers to agree about, as many on every rank; they travel with the verdicts.
         before_update: called right before weights or moments are changed.
         """
-        begin, clock = time.perf_counter(), self._clock
+        clock = self._clock
         clock.start()
         self._watch.begin_step()
         with clock.during("optimizer"):
             self.gradients.begin_step()
         with clock.during("input"):
             tokens = self._loader.counted_tokens(self.samples_consumed)
-            micros = self._micros()
-        outputs = self._executor.run(self._program, micros, (1.0 / tokens,))
+            scale = 1.0 / tokens
+            micros = self._micros(scale if self._fused else None)
+        outputs = self._executor.run(self._program, micros, (scale,))
         computed = time.perf_counter()
         self.gradients.reduce()
         reduce_seconds = time.perf_counter() - computed
@@ -196,15 +197,15 @@ class Trainer:
         self.samples_consumed += self._train.batch_size
         if skipped is None:
             if before_update is not None:
-                before_update()
+                with clock.during("checkpoint"):
+                    before_update()
             with clock.during("optimizer"):
                 self.optimizer.step(self.step_number - self.health.skipped, lr, norm)
             self.health.accept(loss)
         else:
             self.health.skip(self.step_number, skipped)
         self._backend.synchronize()
-        clock.stop()
-        seconds = time.perf_counter() - begin
+        seconds = clock.stop()
         return StepResult(
             self.step_number,
             loss,

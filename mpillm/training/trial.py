@@ -89,7 +89,8 @@ class Trial:
         """
         layout = fit(config.parallel, comm.size)
         train = resolve_batch(config.train, layout)
-        model, backend = build_model(config.model), Backend.create(config.run.backend)
+        model = build_model(config.model)
+        backend = Backend.create(config.run.backend, dtype=train.dtype)
         loader = RaggedLoader(
             text, train.sequence_length, train.batch_size, train.micro_batch_size, train.seed
         )

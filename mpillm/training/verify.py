@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["TOLERANCE", "verify"]
 
 # Largest difference that rounding explains, by dtype.
-TOLERANCE = {"float64": 1e-10, "float32": 5e-5}
+TOLERANCE = {"float64": 1e-10, "float32": 5e-5, "bfloat16": 2e-2}
 
 _ONE_RANK = ParallelSettings(data=1)
 

@@ -16,7 +16,7 @@ __all__ = ["Content", "content", "difference", "losses", "told"]
 
 Content = dict[tuple[str, str], Any]
 
-_TIMES = ("tokens_per_second", "step_seconds")
+_TIMES = ("tokens_per_second", "step_seconds", "gflops", "mfu")
 
 
 def told(run: Path) -> list[int]:

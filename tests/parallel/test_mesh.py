@@ -126,7 +126,9 @@ def test_all_groups_get_what_the_mesh_was_given(
     layout = fit(ParallelSettings(reduction=reduction), world.size)
     mesh = Mesh(world, layout, backend, recorder, message_limit=8)
     for name in [*GROUPS, "tied"]:
-        assert getattr(mesh, name).arguments == (backend, recorder, reduction, 8)
+        *others, node = getattr(mesh, name).arguments
+        assert others == [backend, recorder, reduction, 8]
+        assert node.size == mesh.node.size
     mesh.free()
 
 
