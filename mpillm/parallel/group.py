@@ -383,7 +383,7 @@ class Group:
         yield from calls if wait else list(calls)
 
     def _ordered_sum(self, host: np.ndarray, wait: bool) -> Steps:
-        window = self._shared.window(host)
+        window = self._shared.window(host, host.nbytes)
         if window is not None:
             yield from self._shared.allreduce(window, host, wait)
             return
@@ -420,7 +420,7 @@ class Group:
         host = self._to_host(x)
         if self._reduction == "ordered":
             mine = self._place(out, host, sum(shares[: self.rank]))
-            window = self._shared.window(host)
+            window = self._shared.window(host, host.nbytes)
             if window is not None:
                 yield from self._shared.reduce_scatter(window, host, mine, shares, wait)
             elif wait and self._shared.stages(host.nbytes):
@@ -444,7 +444,7 @@ class Group:
             out[...] = part
             return
         mine = self._to_host(part)
-        window = self._shared.window(mine)
+        window = self._shared.window(mine, out.nbytes)
         if window is not None or (wait and self._shared.stages(out.nbytes)):
             host = self._place(out, mine, -sum(shares[: self.rank]))
             if window is not None:

@@ -24,6 +24,7 @@ from mpillm.array.backend import Backend
 from mpillm.config import from_table
 from mpillm.data.loader import Loader
 from mpillm.models.settings import build_model
+from mpillm.parallel import shared_calls
 from mpillm.parallel.flight import flight_name
 from mpillm.parallel.grid import AXES, fit
 from mpillm.parallel.group import Group
@@ -167,6 +168,8 @@ def run(arguments: list[str]) -> int:
             trainer = Trainer(model, train, config.optimizer, mesh, backend, loader)
             world.Barrier()
         recorder.step = 0
+        if any(fault.get("shared") for fault in faults):
+            shared_calls.SHARED = 0  # as of large gradients
         for fault in faults:
             if fault["rank"] == world.rank:
                 Astray(fault, mesh, trainer).install()

@@ -1,6 +1,6 @@
 """Ranks that go astray in training: the job ends in time, and the report names rank and call.
 
-Long form: all 28 cases; short form: 5. Besides, what is only slow raises nothing.
+Long form: all 32 cases; short form: 6. Besides, what is only slow raises nothing.
 """
 
 from __future__ import annotations
@@ -283,6 +283,46 @@ CASES = [
         ("rank 1 never entered allreduce", "stopped by a signal"),
         more={"elsewhere": True},
         short=True,
+    ),
+    # Large gradients are added in shared memory, in two steps: a rank that is missing from a sum
+    # may not have taken the second one of the sum before.
+    Case(
+        "skips a sum in shared memory",
+        D2,
+        1,
+        *SUMS,
+        "skip",
+        ("rank 1", "over replicas"),
+        more={"shared": True},
+        short=True,
+    ),
+    Case(
+        "skips a sum in shared memory, three ranks",
+        {"data": 3},
+        2,
+        *SUMS,
+        "skip",
+        ("rank 2", "over replicas"),
+        more={"shared": True},
+    ),
+    Case(
+        "skips a gather in shared memory",
+        {**D2, "zero": 1},
+        1,
+        "iallgather",
+        "replicas",
+        "skip",
+        ("rank 1", "allgather", "over replicas"),
+        more={"shared": True},
+    ),
+    Case(
+        "stopped before a sum in shared memory",
+        D2,
+        1,
+        *SUMS,
+        "stops",
+        ("rank 1", "allreduce", "over replicas", "stopped by a signal"),
+        more={"shared": True},
     ),
 ]
 
