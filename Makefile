@@ -35,7 +35,7 @@ export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :OVERSUBSCRIBE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serial test-parallel test-4 test-failures oracle lint clean
+.PHONY: help demo test test-serial test-parallel test-4 test-failures oracle bench lint clean
 .PHONY: verify-all verify-pairs test-faults test-ends
 
 help: ## this list
@@ -100,6 +100,20 @@ lint: $(VENV)/lint ## ruff and mypy
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy --no-error-summary
+
+# Exit code 2 says that a machine has no bfloat16.
+COMPARE := $(BIN)/python benchmarks/compare.py
+
+bench: $(VENV)/oracle ## compare speeds with PyTorch's (an hour of an otherwise idle machine)
+	$(COMPARE) gpt2-124m --write
+	$(COMPARE) gpt2-124m --dtype bfloat16 --write || test $$? = 2
+	$(COMPARE) baby --write
+	$(COMPARE) baby --dtype bfloat16 --write || test $$? = 2
+	$(COMPARE) baby-cpu --write
+	$(COMPARE) baby --scaling --write
+	$(BIN)/python benchmarks/ops.py --write
+	$(BIN)/python benchmarks/ops.py --dtype bfloat16 --write || test $$? = 2
+	$(MPIRUN) -n 2 $(BIN)/python benchmarks/comm.py --write
 
 clean: ## remove the virtual environments and caches; runs/ stays
 	rm -rf .venv .venv-* build dist *.egg-info

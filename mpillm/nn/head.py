@@ -70,7 +70,7 @@ class LanguageModelHead(Layer):
         labels_n, mask_n = micro.labels.reshape(-1), micro.mask.reshape(-1)
         total, sums = self._backend.zeros((), "float64"), []
         fused = micro.training and micro.scale is not None
-        dy_nd = self._backend.empty(y_nd.shape, mask_n.dtype) if fused else None
+        dy_nd: Array = self._backend.empty(y_nd.shape, mask_n.dtype) if fused else None
         for rows in self._chunks(len(y_nd)):
             logits = ops.matmul(y_nd[rows], weight_vd.T)
             row_max, exp_sum, target = self._sums(logits, labels_n[rows])
@@ -97,7 +97,8 @@ class LanguageModelHead(Layer):
         (scale,) = d_outputs
         saved_norm, kept, losses = saved
         if micro.scale is None:
-            dy_nd = self._derivatives_anew(scale, *kept, micro)
+            y, sums = kept
+            dy_nd = self._derivatives_anew(scale, y, sums, micro)
         elif scale == micro.scale:
             dy_nd = kept
         else:
@@ -117,8 +118,7 @@ class LanguageModelHead(Layer):
         dy_nd = self._backend.empty(y_nd.shape, weight_n.dtype)
         for rows, (row_max, exp_sum) in zip(self._chunks(len(y_nd)), sums, strict=True):
             logits = ops.matmul(y_nd[rows], weight_vd.T)
-            logits -= row_max[:, None]
-            self._backend.xp.exp(logits, out=logits)
+            ops.cross_entropy_forward(logits, row_max, labels_n[rows], self._first)
             d_logits = ops.cross_entropy_backward(
                 logits, exp_sum, labels_n[rows], weight_n[rows], self._first
             )

@@ -20,6 +20,8 @@ from mpillm.models.gpt2 import Settings
 from mpillm.models.settings import build_model
 from mpillm.nn.param import cut_into_parts
 from mpillm.parallel.mesh import AXES
+from mpillm.parallel.programs import lower, turns_at_once
+from mpillm.parallel.schedules import SCHEDULES
 from mpillm.parallel.settings import ParallelSettings
 from mpillm.parallel.shard import split_range, zigzag
 from mpillm.training.settings import TrainSettings
@@ -121,6 +123,23 @@ class Case:
     def embeddings(self) -> int:
         """1 where the embedding is, else 0."""
         return self.layers.count(0)
+
+    @property
+    def head_turns_at_once(self) -> bool:
+        """Whether the head's backward pass always comes right after its forward pass.
+
+        In deterministic mode its weight's gradient, too, before the next micro-batch.
+        """
+        pipe, schedule = self.size("pipe"), self.layout.schedule
+        if self.micros == 1 or schedule == "1f1b":
+            return True
+        if schedule == "interleaved":
+            if self.micros % pipe == 0:
+                return True
+            chunks = self.layout.chunks  # a rule by numbers alone would be a long one
+            programs = lower(SCHEDULES[schedule](pipe, self.micros, chunks), chunks)
+            return turns_at_once(programs[-1], chunks - 1, weights=self.train.deterministic)
+        return schedule == "zero-bubble" and (pipe == 1 or not self.train.deterministic)
 
     @cached_property
     def heads_of_model(self) -> int:
@@ -332,7 +351,7 @@ def tensor(case: Case) -> Ledger:
             + case.blocks * (case.attention_passes + 1 + case.block_passes + 1)
             + case.blocks
             + (case.blocks - case.mixtures)
-            + 2 * case.heads_of_model
+            + case.heads_of_model * (1 if case.head_turns_at_once else 2)
         )
     choices = case.n * case.model.experts_per_token * case.itemsize
     found["tensor", "allreduce"] += case.micros * case.mixtures * choices
