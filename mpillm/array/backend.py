@@ -111,9 +111,7 @@ def _bfloat16_ops(name: str) -> Ops:
     try:
         onednn = OneDnn()
     except OneDnnError as error:
-        raise UserError(
-            f"{setting}: {error}; install it with: pip install 'mpillm[bf16]'"
-        ) from None
+        raise UserError(f"{setting}: {error}") from None
     if not onednn.multiplies_bfloat16:
         raise UserError(
             f"{setting}: this CPU multiplies no bfloat16 (neither avx512_bf16 nor amx_bf16); "
