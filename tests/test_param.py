@@ -23,7 +23,7 @@ BACKEND = Backend.create("numpy")
 
 
 def group(axis: str) -> Any:
-    return SimpleNamespace(axis=axis, size=1, rank=0)
+    return SimpleNamespace(axis=axis, size=1, rank=0, zeros=BACKEND.zeros)
 
 
 REPLICAS, EXPERTS = group("replicas"), group("experts")
@@ -70,7 +70,7 @@ def test_uses_of_a_tied_parameter_share_its_value_and_have_gradients_of_their_ow
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_laid_out_is_allocated_without_the_arrays(zero: int) -> None:
-    replicas: Any = SimpleNamespace(axis="replicas", size=3, rank=1)
+    replicas: Any = SimpleNamespace(axis="replicas", size=3, rank=1, zeros=BACKEND.zeros)
     stores = [ParamStore(BACKEND, "float64", 1, zero=zero) for _ in range(2)]
     for store in stores:
         for use in range(2):
