@@ -21,8 +21,8 @@ _TILE = 1 << 15
 class FastNumpyOps(FastAttention):
     """The reference, with the elementwise work done tile by tile.
 
-    What is added up over rows or columns is a product with a vector of ones where that may be
-    rounded in any order: BLAS does it several times faster than NumPy's reductions.
+    Sums are products with a vector of ones: BLAS is several times faster than NumPy's reductions. A
+    sum within a row is a dot product, whose bits do not depend on how many rows there are.
     """
 
     def __init__(self, xp: ModuleType) -> None:
@@ -50,7 +50,8 @@ class FastNumpyOps(FastAttention):
         average = np.full(d, 1.0 / max(d, 1), dtype=x_nd.dtype)
         for part in _row_tiles(x_rows):
             centred = hat_rows[part]
-            np.subtract(x_rows[part], (x_rows[part] @ average)[:, None], out=centred)
+            mean = np.vecdot(x_rows[part], average)
+            np.subtract(x_rows[part], mean[:, None], out=centred)
             scale = inverse[part]
             np.vecdot(centred, centred, out=scale[:, 0])
             scale *= 1.0 / max(d, 1)
@@ -83,8 +84,8 @@ class FastNumpyOps(FastAttention):
             if dbias_d is not None:
                 dbias_d += ones_n @ dy
             np.multiply(dy, gain_d, out=out)
-            mean = out @ average
-            projection = product @ (gain_d * average)
+            mean = np.vecdot(out, average)
+            projection = np.vecdot(product, gain_d * average)
             out -= mean[:, None]
             np.multiply(centred, projection[:, None], out=product)
             out -= product
