@@ -87,7 +87,7 @@ Sides = tuple[list[Contestant], list[Contestant]]
 
 def ranks_in(layout: str) -> int:
     """Ranks that a layout takes."""
-    return ranks_of(read_layout(layout, TrainSettings())[0])
+    return ranks_of(read_layout(layout, TrainSettings()).parallel)
 
 
 def our_command(setting: Setting, dtype: str, layout: str, *more: str) -> list[str]:

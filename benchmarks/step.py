@@ -25,7 +25,7 @@ from mpillm.errors import UserError
 from mpillm.parallel.launch import choose_threads, end_in_error, keep_freed_memory, start
 from mpillm.parallel.layouts import split_list
 from mpillm.parallel.settings import ParallelSettings
-from mpillm.training.settings import TrainSettings
+from mpillm.training.settings import RunSettings, TrainSettings
 
 if TYPE_CHECKING:
     from mpillm.parallel.launch import Comm
@@ -80,18 +80,18 @@ class _Config(Section, frozen=True, kw_only=True):
 
     parallel: ParallelSettings
     train: TrainSettings
+    run: RunSettings = RunSettings()
 
 
-def read_layout(text: str, train: TrainSettings) -> tuple[ParallelSettings, TrainSettings]:
-    """The layout that `text` names, such as `data=2,zero=1`, and the train section with it.
+def read_layout(text: str, train: TrainSettings) -> _Config:
+    """The layout that `text` names, such as `data=2,zero=1`, and other sections with it.
 
-    Settings of the latter are named with their section: `data=2,train.micro_batch_size=1`.
+    Their settings are named with the section: `data=2,run.backend=onednn`.
     """
     parts = split_list(text) if text else []
     options = [f"--{part}" if "." in part else f"--parallel.{part}" for part in parts]
     table = {"parallel": {"data": 1}, "train": to_table(train)}
-    config = load(_Config, table, options)
-    return config.parallel, config.train
+    return load(_Config, table, options)
 
 
 def new_trainer(setting: Setting, dtype: str, layout: str, comm: Comm) -> Trainer:
@@ -103,10 +103,10 @@ def new_trainer(setting: Setting, dtype: str, layout: str, comm: Comm) -> Traine
     from mpillm.parallel.recorder import Recorder
     from mpillm.training.trainer import Trainer, resolve_batch
 
-    parallel, train = read_layout(layout, setting.train(dtype))
-    backend = Backend.create("numpy", dtype=dtype)
-    mesh = Mesh(comm, fit(parallel, comm.size), backend, Recorder())
-    train = resolve_batch(train, mesh.layout)
+    config = read_layout(layout, setting.train(dtype))
+    backend = Backend.create(config.run.backend, dtype=dtype)
+    mesh = Mesh(comm, fit(config.parallel, comm.size), backend, Recorder())
+    train = resolve_batch(config.train, mesh.layout)
     loader = Loader(
         token_stream(setting.vocabulary),
         setting.length,

@@ -126,10 +126,14 @@ def test_layouts_in_words(monkeypatch):
     from step import read_layout
 
     base = TrainSettings(batch_size=12)
-    parallel, train = read_layout("data=2,overlap=false,train.micro_batch_size=3", base)
+    text = "data=2,overlap=false,train.micro_batch_size=3,run.backend=onednn"
+    config = read_layout(text, base)
+    parallel, train = config.parallel, config.train
     assert parallel == ParallelSettings(data=2, overlap=False)
     assert train == TrainSettings(batch_size=12, micro_batch_size=3)
-    assert read_layout("", base) == (ParallelSettings(data=1), base)
+    assert config.run.backend == "onednn"
+    assert read_layout("", base).parallel == ParallelSettings(data=1)
+    assert read_layout("", base).train == base
     with pytest.raises(UserError, match=r"parallel.date: .*did you mean 'data'\?"):
         read_layout("date=2", base)
 

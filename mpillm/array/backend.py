@@ -1,4 +1,4 @@
-"""The array library of a process: NumPy, CuPy, or NumPy behind CuPy's rules.
+"""The array library of a process: NumPy (also with oneDNN), CuPy, or NumPy behind CuPy's rules.
 
 One `Backend` is made by the entry point and handed to everything that computes. It holds the
 library (`xp`), the operations (`ops`: the tuned version of each where there is one, else the
@@ -23,7 +23,7 @@ __all__ = ["BACKENDS", "Array", "Backend"]
 # An array of whichever library the backend holds; no common static type exists for them.
 Array = Any
 
-BACKENDS = ("numpy", "cupy", "strict")
+BACKENDS = ("numpy", "onednn", "cupy", "strict")
 
 
 class Backend:
@@ -42,11 +42,12 @@ class Backend:
     def create(cls, name: str, device: int | None = None, dtype: str = "float32") -> Backend:
         """Make the backend `name`; `device` is the GPU's number, None for the current one.
 
-        dtype: "bfloat16" for products of bfloat16 operands; others are what the arrays say.
-        UserError where the backend, or bfloat16 with it, cannot be had.
+        "onednn" is NumPy with oneDNN for its products. dtype: "bfloat16" for products of bfloat16
+        operands; others are what the arrays say. UserError where the backend, or bfloat16 with it,
+        cannot be had.
         """
-        if dtype == "bfloat16" and name in BACKENDS:
-            return cls(name, np, _bfloat16_ops(name))
+        if (dtype == "bfloat16" and name in BACKENDS) or name == "onednn":
+            return cls(name, np, _onednn_ops(name, dtype))
         if name == "numpy":
             return cls(name, np, FastNumpyOps(np))
         if name == "strict":
@@ -97,21 +98,24 @@ class Backend:
             self.xp.cuda.get_current_stream().synchronize()
 
 
-def _bfloat16_ops(name: str) -> Ops:
-    """Operations with products of bfloat16 operands, or a UserError that says why there are none.
+def _onednn_ops(name: str, dtype: str) -> Ops:
+    """Operations with products by oneDNN, or a UserError that says why there are none.
 
     oneDNN is loaded here, so that only those who want it need it.
     """
-    setting = "train.dtype = 'bfloat16'"
-    if name != "numpy":
+    half = dtype == "bfloat16"
+    setting = "train.dtype = 'bfloat16'" if half else f"run.backend = {name!r}"
+    if name not in ("numpy", "onednn"):
         raise UserError(f"{setting}: run.backend = {name!r} has no bfloat16; expected 'numpy'")
-    from mpillm.array.bfloat16 import Bfloat16NumpyOps
+    from mpillm.array.fast_onednn import Bfloat16NumpyOps, OneDnnNumpyOps
     from mpillm.array.onednn import OneDnn, OneDnnError
 
     try:
         onednn = OneDnn()
     except OneDnnError as error:
         raise UserError(f"{setting}: {error}") from None
+    if not half:
+        return OneDnnNumpyOps(np, onednn)
     if not onednn.multiplies_bfloat16:
         raise UserError(
             f"{setting}: this CPU multiplies no bfloat16 (neither avx512_bf16 nor amx_bf16); "

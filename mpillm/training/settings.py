@@ -75,8 +75,11 @@ class RunSettings(Section, frozen=True, kw_only=True):
 
     dir: Annotated[str, Meta(description="the run folder")] = "runs/default"
     backend: Annotated[
-        Literal["numpy", "cupy", "strict"],
-        Meta(description="array library; strict: NumPy behind CuPy's rules, for tests"),
+        Literal["numpy", "onednn", "cupy", "strict"],
+        Meta(
+            description="array library; onednn: NumPy with products by oneDNN; strict: NumPy behind "
+            "CuPy's rules, for tests"
+        ),
     ] = "numpy"
     threads: Annotated[
         int, Meta(ge=0, description="BLAS threads a rank; 0: cores divided by ranks of the node")
