@@ -22,7 +22,7 @@ __all__ = ["FastAttention"]
 _TILE = 1 << 18
 
 # Queries in a tile, at most: the fewer, the more of what a causal mask hides is left out.
-_QUERIES = 128
+_QUERIES = 64
 
 # A row whose largest score is within +-_SAFE needs no shift by that score: exp(64) times any number
 # of keys is far from float32's largest number, exp(-64) from its smallest normal one.
@@ -49,24 +49,35 @@ class FastAttention(Ops):
     ) -> tuple[Any, Any, Any]:
         """As the reference; `out` is a view of (b, q, h, e), so that its heads merge for free."""
         b, h, tq, e = q.shape
-        mask = (q_index, k_index, q_document, k_document, causal)
-        saved = q, k, v, mask, k_index, scale, drop, row_keys
-        out = np.empty((b, tq, h, e), dtype=q.dtype).transpose(0, 2, 1, 3)
-        lse = np.empty((b, h, tq), dtype=q.dtype)
+        dtype = q.dtype
+        saved = self.attention_saved(
+            q,
+            k,
+            v,
+            q_index,
+            k_index,
+            q_document,
+            k_document,
+            causal=causal,
+            scale=scale,
+            drop=drop,
+            row_keys=row_keys,
+        )
+        q, k, v, mask = saved[:4]
+        out = np.empty((b, tq, h, e), dtype=dtype).transpose(0, 2, 1, 3)
+        lse = np.empty((b, h, tq), dtype=dtype)
         if q.size == 0 or k.size == 0:
             out[...], lse[...] = 0.0, -np.inf
             return out, lse, saved
-        g, tiny = k.shape[1], np.finfo(q.dtype).tiny
-        ones = np.ones(k.shape[2], dtype=q.dtype)
+        g, tiny = k.shape[1], np.finfo(dtype).tiny
+        ones = np.ones(k.shape[2], dtype=dtype)
         tiles = _Tiles(q.shape, k.shape[2], mask)
-        work = np.empty(tiles.largest, dtype=q.dtype)
+        work = np.empty(tiles.largest, dtype=dtype)
         shift = False
-        k_operand, v_operand = self.operand(k), self.operand(v)
         for sequences in tiles.sequences():
             for queries, seen, bias in tiles.queries(sequences):
-                scaled = self.operand(q[sequences, :, queries] * np.asarray(scale, q.dtype))
-                keys = k_operand[sequences, :, :seen].swapaxes(-1, -2)
-                scores = partial(self._scores, scaled, keys, g, work)
+                keys = k[sequences, :, :seen].swapaxes(-1, -2)
+                scores = partial(self._scores, q[sequences, :, queries], keys, g, work)
                 if not shift:
                     p, total, log = _exponentials(scores(), bias, ones[:seen], shift)
                     shift = not _in_range(log, seen)
@@ -76,7 +87,7 @@ class FastAttention(Ops):
                 if drop > 0.0:
                     part = _dropout_part(row_keys, k_index, sequences, queries, seen)
                     p, _ = self._attention_dropout(p, *part, drop)
-                values = v_operand[sequences, :, :seen]
+                values = v[sequences, :, :seen]
                 part = self._per_key_head(self.operand(p), g, self.matmul, values)
                 np.maximum(total, tiny, out=total)  # where no key is seen, 0 / tiny
                 np.divide(part, total[..., None], out=out[sequences, :, queries])
@@ -97,31 +108,36 @@ class FastAttention(Ops):
         drop: float = 0.0,
         row_keys: Any = None,
     ) -> Any:
-        """As the reference."""
+        """As the reference: queries, scaled, keys and values are operands of products."""
         mask = (q_index, k_index, q_document, k_document, causal)
-        return q, k, v, mask, k_index, scale, drop, row_keys
+        scaled = q if scale == 1.0 else q * np.asarray(scale, q.dtype)
+        operands = map(self.operand, (scaled, k, v))
+        return *operands, mask, k_index, scale, drop, row_keys
 
     def attention_backward(
         self, d_out: Any, out: Any, lse: Any, saved: Any, into: Any = None
     ) -> tuple[Any, Any, Any]:
         """As the reference."""
         q, k, v, mask, k_index, scale, drop, row_keys = saved
-        dq, dk, dv = into if into is not None else map(np.empty_like, (q, k, v))
+        dtype = d_out.dtype
+        dq, dk, dv = into if into is not None else (np.empty(x.shape, dtype) for x in (q, k, v))
         if q.size == 0 or k.size == 0:
             dq[...], dk[...], dv[...] = 0.0, 0.0, 0.0
             return dq, dk, dv
-        g, scale = k.shape[1], np.asarray(scale, q.dtype)
+        g = k.shape[1]
         # A row that sees no key has lse -inf; +inf makes all its probabilities 0.
-        lse = np.where(np.isfinite(lse), lse, np.inf).astype(q.dtype, copy=False)
+        lse = np.where(np.isfinite(lse), lse, np.inf).astype(dtype, copy=False)
         tiles = _Tiles(q.shape, k.shape[2], mask)
-        work, d_work = np.empty((2, tiles.largest), dtype=q.dtype)
-        k_operand, v_operand = self.operand(k), self.operand(v)
+        work, d_work = np.empty((2, tiles.largest), dtype=dtype)
         for sequences in tiles.sequences():
             filled = 0  # keys whose derivatives hold a sum already
             for queries, seen, bias in tiles.queries(sequences):
-                scaled = self.operand(q[sequences, :, queries] * scale)
-                keys, values = k_operand[sequences, :, :seen], v_operand[sequences, :, :seen]
-                p = self._scores(scaled, keys.swapaxes(-1, -2), g, work)
+                rows, keys, values = (
+                    q[sequences, :, queries],
+                    k[sequences, :, :seen],
+                    v[sequences, :, :seen],
+                )
+                p = self._scores(rows, keys.swapaxes(-1, -2), g, work)
                 _hide(p, bias)
                 p -= lse[sequences, :, queries, None]
                 np.exp(p, out=p)
@@ -138,11 +154,15 @@ class FastAttention(Ops):
                 dp -= np.vecdot(d_rows, out[sequences, :, queries])[..., None]
                 dp *= p
                 ds = self.operand(dp)
-                part = self._per_key_head(ds, g, self.matmul, keys)
-                np.multiply(part, scale, out=dq[sequences, :, queries])
-                self._add_over_queries(ds, scaled, g, dk[sequences], filled, seen)
+                if q.shape[1] == g:
+                    self.matmul(ds, keys, out=dq[sequences, :, queries])
+                else:
+                    dq[sequences, :, queries] = self._per_key_head(ds, g, self.matmul, keys)
+                self._add_over_queries(ds, rows, g, dk[sequences], filled, seen)
                 filled = max(filled, seen)
             dk[sequences, :, filled:], dv[sequences, :, filled:] = 0.0, 0.0
+        if scale != 1.0:
+            dq *= np.asarray(scale, dtype)
         return dq, dk, dv
 
     def _scores(self, x: Any, y: Any, g: int, work: Any) -> Any:

@@ -15,7 +15,7 @@ from mpillm.array.ops import _GELU_A, _GELU_B
 __all__ = ["FastNumpyOps"]
 
 # Elements in a tile: a few float32 tiles fit in a core's second-level cache.
-_TILE = 1 << 15
+_TILE = 1 << 16
 
 
 class FastNumpyOps(FastAttention):

@@ -1,8 +1,8 @@
 """Matrix products by oneDNN, on CPUs; everything else is that of `FastNumpyOps`.
 
-With bfloat16 operands (Kalamkar et al. 2019, "A Study of BFLOAT16 for Deep Learning Training") these
-have float32's range with 8 significant bits, the terms of a product are added up in float32, and
-weights, moments and whatever is no product stay float32. No loss scaling is needed.
+Operands may be bfloat16 (Kalamkar et al. 2019, "A Study of BFLOAT16 for Deep Learning Training"):
+they have float32's range with 8 significant bits, the terms of a product are added up in float32,
+and weights, moments and whatever is no product stay float32. No loss scaling is needed.
 """
 
 from __future__ import annotations
@@ -45,3 +45,18 @@ class Bfloat16NumpyOps(OneDnnNumpyOps):
     def operand(self, x: Any) -> Any:
         """A C-contiguous bfloat16 copy of a float32 array; any other array itself."""
         return self._onednn.to_bfloat16(x) if x.dtype == np.float32 else x
+
+    def gelu_forward(self, x: Any) -> tuple[Any, Any]:
+        """As the reference; the slope is kept for the backward pass in bfloat16."""
+        y, slope = super().gelu_forward(x)
+        return y, self.operand(slope)
+
+    def gelu_backward(self, dy: Any, saved: Any) -> Any:
+        """As the reference."""
+        if saved.dtype == dy.dtype:
+            return super().gelu_backward(dy, saved)
+        dx = np.empty(dy.shape, np.float32)
+        # A bfloat16 number is the first half of the float32 number.
+        np.left_shift(saved.view(np.uint16), 16, out=dx.view(np.uint32), dtype=np.uint32)
+        dx *= dy
+        return dx

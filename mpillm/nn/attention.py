@@ -108,7 +108,7 @@ class SelfAttention(Layer):
         self._first_head = self.qkv.weight.shard.start[1]
         self._dropout = Dropout(build, f"{name}.out", drop)
         self._context = build.mesh.context
-        self._ring = RingAttention(build, causal=causal, scale=self._scale)
+        self._ring = RingAttention(build, causal=causal, scale=1.0)
         self._dtype = build.store.dtype
 
     def new_state(self, b: int, capacity: int) -> dict[str, Any]:
@@ -124,6 +124,7 @@ class SelfAttention(Layer):
         (qkv,), saved_qkv = self.qkv.forward(inputs, micro)
         # (b, t, 3, h, e) -> (3, b, h, t, e), a view
         q, k, v = qkv.reshape(b, t, 3, self._heads, self._head_width).transpose(2, 0, 3, 1, 4)
+        q *= self._scale  # in place, once, in place of all scores
         out, lse, saved_attention = self._attend(q, k, v, micro)
         merged = out.transpose(0, 2, 1, 3).reshape(b, t, self._heads * self._head_width)
         (y,), saved_out = self.out.forward((merged,), micro)
@@ -148,6 +149,7 @@ class SelfAttention(Layer):
         for room, part in zip(into, parts, strict=True):
             if part is not room:
                 room[...] = part
+        into[0][...] *= self._scale
         flat = d_qkv.reshape(b, t, 3 * self._heads * self._head_width)
         return self.qkv.backward((flat,), saved_qkv, micro)
 
@@ -169,7 +171,7 @@ class SelfAttention(Layer):
             micro.documents,
             micro.documents,
             causal=self._causal,
-            scale=self._scale,
+            scale=1.0,
             drop=drop,
             row_keys=row_keys,
         )

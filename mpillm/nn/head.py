@@ -71,8 +71,10 @@ class LanguageModelHead(Layer):
         total, sums = self._backend.zeros((), "float64"), []
         fused = micro.training and micro.scale is not None
         dy_nd: Array = self._backend.empty(y_nd.shape, mask_n.dtype) if fused else None
-        for rows in self._chunks(len(y_nd)):
-            logits = ops.matmul(y_nd[rows], weight_vd.T)
+        chunks = self._chunks(len(y_nd))
+        room_nv = self._room(chunks, mask_n.dtype)
+        for rows in chunks:
+            logits = ops.matmul(y_nd[rows], weight_vd.T, out=room_nv[: rows.stop - rows.start])
             row_max, exp_sum, target = self._sums(logits, labels_n[rows])
             loss_n = (self._backend.xp.log(exp_sum) - target) * mask_n[rows]
             total += loss_n.sum(dtype="float64")
@@ -152,6 +154,11 @@ class LanguageModelHead(Layer):
         most = max(1, _CHUNK // max(1, self.weight.shard.local_shape[0]))
         count = -(-n // most)
         return [slice(*split_range(n, count, number)) for number in range(count)]
+
+    def _room(self, chunks: list[slice], dtype: Any) -> Array:
+        """An array for the logits of one chunk after the other."""
+        rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+        return self._backend.empty((rows, self.weight.shard.local_shape[0]), dtype)
 
     def _sums(self, logits_nv: Array, labels_n: Array) -> tuple[Array, Array, Array]:
         """The maximum, the sum of exp(logit - maximum) and the target over all ranks, (n,) each.
