@@ -133,15 +133,16 @@ def build_stages(
     *,
     recompute: Recomputed = "none",
     gradients: bool = True,
+    uses_apart: bool = True,
     progress: Progress | None = None,
     allocate: bool = True,
 ) -> list[Stage]:
     """This rank's stages, by chunk, with their parameters allocated.
 
     seed: of the initial weights; None for weights that are loaded. recompute: what is computed anew
-    in the backward pass. gradients: whether there is room for them. progress: drives the gathering
-    of sharded weights. allocate: else parameters are laid out only, for a plan of a rank that does
-    not run.
+    in the backward pass. gradients: whether there is room for them; uses_apart: for each use of a
+    tied parameter, or for all on a stage together. progress: drives the gathering of sharded
+    weights. allocate: else parameters are laid out only, for a plan of a rank that does not run.
     """
     cuts, pipe, stages = model.cuts(mesh.layout), mesh.pipe, []
     pool = Pool(backend)
@@ -152,6 +153,7 @@ def build_stages(
             seed,
             zero=mesh.layout.zero,
             gradients=gradients,
+            uses_apart=uses_apart,
             pool=pool,
             progress=progress,
         )

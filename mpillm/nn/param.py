@@ -96,9 +96,10 @@ class Arena:
     params and offsets: the distinct parameters and where each begins; size: elements, alignment
     included; uses: of each parameter, its uses on this stage in order. zero: the ZeRO stage; cuts:
     where the parts of the ranks of `reduce_over[0]` begin and end; rank: whose part is this rank's.
+    uses_apart: whether each use of a tied parameter has a gradient of its own.
 
     value: the weights, (size,); None while weights are sharded and not gathered.
-    grads: (uses, size), a row for each local use of tied parameters, else one row; None while
+    grads: (rows, size), a row for each use of tied parameters that is apart, else one; None while
     gradients are sharded and none is being computed.
     master, grad: this rank's part of the weights that the optimizer updates and of the gradient it
     reads, once the uses were added up; flat, views of `value` and `grads` where these are whole.
@@ -111,6 +112,7 @@ class Arena:
     zero: int
     cuts: list[int]
     rank: int
+    uses_apart: bool = True
     value: Array = None
     grads: Array = None
     master: Array = None
@@ -138,7 +140,7 @@ class Arena:
     @property
     def rows(self) -> int:
         """Rows of `grads`."""
-        return max(len(uses) for uses in self.uses)
+        return max(len(uses) for uses in self.uses) if self.uses_apart else 1
 
     @property
     def part(self) -> slice:
@@ -200,7 +202,8 @@ class Arena:
         for uses, offset in zip(self.uses, self.offsets, strict=True):
             for row, use in enumerate(uses):
                 flat = slice(offset, offset + use.shard.size)
-                use.grad = None if grads is None else _shaped(grads[row, flat], use)
+                own = row if self.uses_apart else 0
+                use.grad = None if grads is None else _shaped(grads[own, flat], use)
 
     def gather(self, pool: Pool) -> Request:
         """Begin to gather the weights from the ranks that share them."""

@@ -40,12 +40,14 @@ class ParamStore:
         *,
         zero: int = 0,
         gradients: bool = True,
+        uses_apart: bool = True,
         pool: Pool | None = None,
         progress: Progress | None = None,
     ) -> None:
         """seed: of the initial values; None leaves zeros, for weights that are loaded.
 
-        zero: the ZeRO stage. gradients: whether there is room for them. pool: what sharded weights
+        zero: the ZeRO stage. gradients: whether there is room for them; uses_apart: for each use of
+        a tied parameter, or for all of this stage together. pool: what sharded weights
         are gathered into, and sharded gradients computed in. progress: drives the gathering.
         """
         self.dtype = dtype
@@ -55,6 +57,7 @@ class ParamStore:
         self._backend = backend
         self._seed = seed
         self._zero = zero
+        self._uses_apart = uses_apart
         self._progress = progress or Progress()
         self._uses: dict[str, list[Param]] = {}  # by name, in order of registration
         self._layer = 0
@@ -166,6 +169,7 @@ class ParamStore:
             zero=zero,
             cuts=cut_into_parts(params, offsets, size, replicas.size if zero else 1),
             rank=replicas.rank if zero else 0,
+            uses_apart=self._uses_apart,
         )
         for same in uses:
             for use in same:

@@ -77,7 +77,7 @@ class RunSettings(Section, frozen=True, kw_only=True):
     backend: Annotated[
         Literal["numpy", "onednn", "cupy", "strict"],
         Meta(
-            description="array library; onednn: NumPy with products by oneDNN; strict: NumPy behind "
+            description="array library; onednn: NumPy with oneDNN's products; strict: NumPy behind "
             "CuPy's rules, for tests"
         ),
     ] = "numpy"

@@ -109,6 +109,8 @@ class Trainer:
             self._dtype,
             train.seed,
             recompute=train.recompute,
+            # Only the sums of deterministic mode are of one use each.
+            uses_apart=train.deterministic,
             progress=self.progress,
         )
         # Micro-batches that this rank runs in a step, by their numbers in the step.

@@ -301,10 +301,10 @@ def test_what_reaches_a_rank(
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def kept(arenas: list[Arena], itemsize: int) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and moments that stay."""
+def kept(arenas: list[Arena], itemsize: int, *, apart: bool) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and moments that stay; apart: gradients of each use."""
     weights = sum(a.part if a.zero == 3 else a.size for a in arenas)
-    gradients = sum(a.part if a.zero >= 2 else a.uses * a.size for a in arenas)
+    gradients = sum(a.part if a.zero >= 2 else (a.uses if apart else 1) * a.size for a in arenas)
     moments = 2 * sum(a.part if a.zero else a.size for a in arenas)
     return itemsize * weights, itemsize * gradients, itemsize * moments
 
@@ -312,14 +312,20 @@ def kept(arenas: list[Arena], itemsize: int) -> tuple[int, int, int]:
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("model", ["tied", "experts"])
 @pytest.mark.parametrize("zero", range(4))
-def test_bytes_that_stay(world: MPI.Intracomm, zero: int, model: str, tensor: int) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bytes_that_stay(
+    world: MPI.Intracomm, deterministic: bool, zero: int, model: str, tensor: int
+) -> None:
     if world.size % tensor:
         pytest.skip("does not fit")
     layout = ParallelSettings(tensor=tensor, sequence=tensor > 1, zero=zero)
-    with trained(world, MODELS[model], TRAIN, layout) as (trainer, _, _, case):
+    train = replace(TRAIN, deterministic=deterministic)
+    if deterministic and world.size & (world.size - 1):
+        pytest.skip("needs a power of two")
+    with trained(world, MODELS[model], train, layout) as (trainer, _, _, case):
         memory = trainer.memory()
         held = memory.weights, memory.gradients, memory.optimizer
-        assert held == kept(case.arenas, case.itemsize)
+        assert held == kept(case.arenas, case.itemsize, apart=deterministic)
         assert memory.working == 0
 
 
