@@ -121,7 +121,9 @@ class Watch:
         if self._backend.on_host and all_finite(self._backend, arena.grads):
             return
         for uses in arena.uses:
-            for use in uses:
+            # Which of several uses has spoilt a gradient that they share cannot be told. It is put
+            # down to the one that the backward pass comes to last: what came before is named first.
+            for use in uses if arena.uses_apart else uses[:1]:
                 order = (-self._starts[arena] - use.layer, self._opened.get(use, 0))
                 flag = all_finite(self._backend, use.grad)
                 if flag is not True:
