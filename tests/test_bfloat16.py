@@ -362,6 +362,18 @@ def test_other_backends_have_none(name: str) -> None:
         Backend.create(name, dtype="bfloat16")
 
 
+def test_the_onednn_backend_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(UserError, match=r"run\.backend = 'onednn': ml_dtypes cannot be imported"):
+        Backend.create("onednn")
+
+
+@needs_bfloat16
+def test_with_bfloat16_the_onednn_backend_is_the_numpy_one() -> None:
+    kinds = {type(Backend.create(name, dtype="bfloat16").ops) for name in ("numpy", "onednn")}
+    assert len(kinds) == 1
+
+
 def test_an_unknown_backend_is_named_first() -> None:
     with pytest.raises(UserError, match="no backend 'numpi'; did you mean 'numpy'"):
         Backend.create("numpi", dtype="bfloat16")

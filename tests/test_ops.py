@@ -23,8 +23,10 @@ from mpillm.array.backend import Backend
 from mpillm.array.fast_numpy import FastNumpyOps
 from mpillm.array.ops import Ops, norm_block
 from mpillm.array.random import KeyedRandom
+from mpillm.errors import UserError
 
-BACKENDS = ["reference", "numpy", "strict"] + ["cupy"] * bool(importlib.util.find_spec("cupy"))
+BACKENDS = ["reference", "numpy", "onednn", "strict"]
+BACKENDS += ["cupy"] * bool(importlib.util.find_spec("cupy"))
 HOST: list[Ops] = [Ops(np), FastNumpyOps(np)]
 REFERENCE = HOST[0]
 
@@ -40,7 +42,12 @@ on_host = pytest.mark.parametrize("ops", HOST, ids=["reference", "numpy"])
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     name: str = request.param
-    return Backend(name, np, Ops(np)) if name == "reference" else Backend.create(name)
+    if name == "reference":
+        return Backend(name, np, Ops(np))
+    try:
+        return Backend.create(name)
+    except UserError as error:  # oneDNN is an extra
+        pytest.skip(str(error))
 
 
 # -- the cases ------------------------------------------------------------------------------------

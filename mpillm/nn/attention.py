@@ -124,7 +124,7 @@ class SelfAttention(Layer):
         (qkv,), saved_qkv = self.qkv.forward(inputs, micro)
         # (b, t, 3, h, e) -> (3, b, h, t, e), a view
         q, k, v = qkv.reshape(b, t, 3, self._heads, self._head_width).transpose(2, 0, 3, 1, 4)
-        q *= self._scale  # in place, once, in place of all scores
+        q *= self._scale  # in place of all scores
         out, lse, saved_attention = self._attend(q, k, v, micro)
         merged = out.transpose(0, 2, 1, 3).reshape(b, t, self._heads * self._head_width)
         (y,), saved_out = self.out.forward((merged,), micro)
@@ -149,7 +149,8 @@ class SelfAttention(Layer):
         for room, part in zip(into, parts, strict=True):
             if part is not room:
                 room[...] = part
-        into[0][...] *= self._scale
+        dq = into[0]
+        dq *= self._scale
         flat = d_qkv.reshape(b, t, 3 * self._heads * self._head_width)
         return self.qkv.backward((flat,), saved_qkv, micro)
 
