@@ -175,6 +175,8 @@ def test_fair_share(
     monkeypatch.setattr(launch, "_node", lambda comm: comm)
     monkeypatch.setattr(launch, "_core_quota", lambda: quota)
     assert launch._fair_share(world) == threads
+    total = len(set().union(*cores))
+    assert launch.core_share(world) == pytest.approx(min(total, quota) / len(cores))
 
 
 @pytest.mark.parametrize(

@@ -402,6 +402,17 @@ def test_no_step_is_faster_than_the_best(backend: Backend, world_of_one: Any) ->
     assert meter.summary().startswith(f"MFU {rate / 1000:.1%}: 0.0 GFLOP/s in matrix products, of")
 
 
+@pytest.mark.parametrize(("cores", "mfu"), [(0.5, 0.2), (1.0, 0.1), (3.0, 0.1)])
+def test_a_rank_counts_with_its_share_of_a_core(
+    backend: Backend, world_of_one: Any, cores: float, mfu: float
+) -> None:
+    meter = Meter(backend, Recorder(), profile=False, cores=cores)
+    meter._probe = FakeProbe([500.0])  # type: ignore[assignment]
+    meter.begin_step()
+    meter.backend.ops.matmul(np.ones((5, 5)), np.ones((5, 5)))
+    assert meter.end_step(5.0, world_of_one).mfu == pytest.approx(mfu)  # 50 FLOP/s
+
+
 def test_without_products_there_is_no_mfu(backend: Backend, world_of_one: Any) -> None:
     meter = Meter(backend, Recorder(), profile=True)
     meter.begin_step()

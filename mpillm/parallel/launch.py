@@ -38,6 +38,7 @@ __all__ = [
     "abort",
     "agree",
     "choose_threads",
+    "core_share",
     "end_in_error",
     "end_interrupted",
     "keep_freed_memory",
@@ -269,15 +270,23 @@ def _node(comm: Comm) -> MPI.Comm:
     return comm.Split_type(MPI.COMM_TYPE_SHARED)
 
 
-def _fair_share(comm: Comm) -> int:
-    """Cores for this rank: each core is shared by the ranks that may run on it. At least 1."""
+def core_share(comm: Comm) -> float:
+    """Cores for this rank, a part of one where ranks are more: each is shared by those on it.
+
+    Collective.
+    """
     node = _node(comm)
     cores: list[set[int]] = node.allgather(_own_cores())
     mine = cores[node.rank]
     share = sum(1 / sum(core in other for other in cores) for core in mine)
     share = min(share, _core_quota() / node.size)
     node.Free()
-    return max(1, int(share + 1e-6))  # six times one sixth is a little less than 1
+    return share
+
+
+def _fair_share(comm: Comm) -> int:
+    """Whole cores for this rank, at least 1."""
+    return max(1, int(core_share(comm) + 1e-6))  # six times one sixth is a little less than 1
 
 
 def _own_cores() -> set[int]:

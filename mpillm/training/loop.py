@@ -19,7 +19,7 @@ from mpillm.data.prepare import PreparedData
 from mpillm.data.tokens import TokenFile
 from mpillm.errors import UserError
 from mpillm.models.settings import build_model
-from mpillm.parallel.launch import abort, agree
+from mpillm.parallel.launch import abort, agree, core_share
 from mpillm.parallel.mesh import Mesh, fit
 from mpillm.parallel.watchdog import Watchdog
 from mpillm.report.metrics import StepMetrics
@@ -83,7 +83,8 @@ def train(config: RunConfig, comm: Comm, *, fresh: bool = False) -> TrainResult:
         recorder, reports = open_recorder(config, comm)
         limits = config.run.hang_timeout, config.run.slow_timeout
         stack.enter_context(Watchdog(recorder, reports, abort, *limits))
-        meter = Meter(backend, recorder, profile=config.run.profile)
+        cores = core_share(comm)
+        meter = Meter(backend, recorder, profile=config.run.profile, cores=cores)
         with recorder.activity("set up"):
             prepared, tokens = open_data(config, comm)
             with agree(comm):

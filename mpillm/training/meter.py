@@ -52,8 +52,15 @@ class Reading:
 class Meter:
     """Measures the steps of a run. What it gives is meant for rank 0, which reports it."""
 
-    def __init__(self, backend: Backend, recorder: Recorder, *, profile: bool) -> None:
-        """profile: keep the time of all operations and calls; their results stay the same."""
+    def __init__(
+        self, backend: Backend, recorder: Recorder, *, profile: bool, cores: float = 1.0
+    ) -> None:
+        """profile: keep the time of all operations and calls; their results stay the same.
+
+        cores: this rank's share. Of a core that ranks share, each may see its whole speed for a
+        moment, and all of them together no more than that.
+        """
+        self._share = min(1.0, cores) if backend.on_host else 1.0
         self._plain = backend
         self._tally = Tally()
         self._probe = Probe(backend)
@@ -111,7 +118,8 @@ class Meter:
         (longest,) = self._over(world, [self._elapsed], "max")
         floor = _SHORTEST if self.clock is None else _WITH_PROFILE
         self._probe.measure(products, min(max(_SHARE * longest, floor), _LONGEST))
-        mine = [self._probe.best()[0], self._probe.square or -math.inf]
+        rates = self._probe.best()[0], self._probe.square or -math.inf
+        mine = [rate * self._share for rate in rates]
         best, square = self._over(world, mine, "sum")
         self._best, self._square = max(self._best, best), max(self._square, square)
 
