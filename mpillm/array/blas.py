@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Gemm"]
+__all__ = ["Gemm", "stored"]
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
 
@@ -54,23 +54,31 @@ class Gemm:
         (m, k), n = a.shape, b.shape[1]
         if not m or not n or not k:
             return False
-        places = _stored(a), _stored(b), _stored(out)
-        if None in places or places[2][0] != _NO_TRANS:  # type: ignore[index]
+        of_a, of_b, of_out = stored(a), stored(b), stored(out)
+        if of_a is None or of_b is None or of_out is None or of_out[0]:
             return False
-        (trans_a, stride_a), (trans_b, stride_b), (_, stride) = places  # type: ignore[misc]
+        trans_a, trans_b = (_TRANS if turned else _NO_TRANS for turned, _ in (of_a, of_b))
         function(
-            *(_ROW_MAJOR, trans_a, trans_b, m, n, k, 1.0, a.ctypes.data, stride_a),
-            *(b.ctypes.data, stride_b, 1.0, out.ctypes.data, stride),
+            *(_ROW_MAJOR, trans_a, trans_b, m, n, k, 1.0, a.ctypes.data, of_a[1]),
+            *(b.ctypes.data, of_b[1], 1.0, out.ctypes.data, of_out[1]),
         )
         return True
 
 
-def _stored(x: Any) -> tuple[int, int] | None:
-    """How BLAS is told where a matrix lies: transposed or not, elements between rows; else None."""
-    row, column = x.strides
-    size = x.itemsize
-    if column == size and row >= x.shape[1] * size and row % size == 0:
-        return _NO_TRANS, row // size
-    if row == size and column >= x.shape[0] * size and column % size == 0:
-        return _TRANS, column // size
+def stored(x: Any) -> tuple[bool, int] | None:
+    """How BLAS is told where a matrix lies: (transposed, elements between its rows as they lie).
+
+    None where neither its rows nor its columns lie in one piece, one after the other.
+    """
+    (rows, columns), (row, column), size = x.shape, x.strides, x.itemsize
+    if column == size or columns == 1:
+        if rows == 1:
+            return False, columns
+        if row >= columns * size and row % size == 0:
+            return False, row // size
+    if row == size or rows == 1:
+        if columns == 1:
+            return True, rows
+        if column >= rows * size and column % size == 0:
+            return True, column // size
     return None

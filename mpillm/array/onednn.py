@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mpillm.array.blas import stored
 from mpillm.array.onednn_library import INSTALL, Argument, OneDnnError, load_library
 
 __all__ = ["OneDnn", "OneDnnError"]
@@ -112,12 +113,12 @@ class OneDnn:
     # -- two matrices --------------------------------------------------------------------------
 
     def _matrices(self, a: Any, b: Any, out: Any, accumulate: bool) -> None:
-        place = _stored(out)
+        place = stored(out)
         if place is None:
             total = np.ascontiguousarray(out)
             self._matrices(a, b, total, accumulate)
             out[...] = total
-        elif place[0] == b"T":
+        elif place[0]:
             self._matrices(b.T, a.T, out.T, accumulate)
         else:
             (m, k), n = a.shape, b.shape[1]
@@ -232,28 +233,13 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return a if a == b else np.broadcast_shapes(a, b)
 
 
-def _stored(x: Any) -> tuple[bytes, int] | None:
-    """How BLAS is told where a matrix lies: transposed or not, elements between rows; else None."""
-    (rows, columns), (row, column), size = x.shape, x.strides, x.itemsize
-    if column == size or columns == 1:
-        if rows == 1:
-            return b"N", columns
-        if row >= columns * size and row % size == 0:
-            return b"N", row // size
-    if row == size or rows == 1:
-        if columns == 1:
-            return b"T", rows
-        if column >= rows * size and column % size == 0:
-            return b"T", column // size
-    return None
-
-
 def _placed(x: Any) -> tuple[Any, tuple[bytes, int]]:
     """A matrix, or a copy of it that BLAS can read, and how it lies."""
-    place = _stored(x)
-    if place is not None:
-        return x, place
-    return np.ascontiguousarray(x), (b"N", x.shape[1])
+    place = stored(x)
+    if place is None:
+        return np.ascontiguousarray(x), (b"N", x.shape[1])
+    turned, stride = place
+    return x, (b"T" if turned else b"N", stride)
 
 
 def _layout(x: Any, axes: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
